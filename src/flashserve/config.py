@@ -1,0 +1,217 @@
+"""Every setting of FlashServe, read from a TOML file and FLASHSERVE_ variables, here alone.
+
+Order, strongest first: FLASHSERVE_SECTION__NAME variables, the TOML file, the defaults below. The
+file is FLASHSERVE_CONFIG, else `flashserve.toml` in the data directory, if it exists.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+from typing import Annotated, Literal
+
+import pydantic
+import pydantic_settings
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from flashserve.errors import InputError
+
+_PREFIX = "FLASHSERVE_"
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+_BINARY_UNITS = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+# Prefixed variables that are not settings of the server: where things are, and what clients use.
+_OTHER_VARIABLES = {
+    "FLASHSERVE_CONFIG",
+    "FLASHSERVE_TRACES",
+    "FLASHSERVE_URL",
+    "FLASHSERVE_API_KEY",
+    "FLASHSERVE_ADMIN_KEY",
+}
+
+
+def parse_bytes(value: object) -> object:
+    """Accepts 4294967296, "4GiB", "512 MB"; anything else is left for pydantic to refuse."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]{0,2}?)b?\s*", value.lower())
+        unit = {**_UNITS, **_BINARY_UNITS}.get(match[2]) if match else None
+        if match and unit:
+            return int(float(match[1]) * unit)
+    return value
+
+
+Bytes = Annotated[int, pydantic.BeforeValidator(parse_bytes), Field(gt=0)]
+
+
+def default_data_dir() -> pathlib.Path:
+    """$XDG_DATA_HOME/flashserve, else ~/.local/share/flashserve."""
+    base = os.environ.get("XDG_DATA_HOME")
+    root = pathlib.Path(base) if base else pathlib.Path.home() / ".local" / "share"
+    return root / "flashserve"
+
+
+def _default_dram_bytes() -> int:
+    """A quarter of the machine's memory, in whole 2 MiB pages."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return total // 4 >> 21 << 21
+
+
+class _Section(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class ServerSettings(_Section):
+    """Where the HTTP server listens and how it stops."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8080, ge=0, le=65535)
+    """0 takes a free port, which the first line of output names."""
+    grace_period_s: float = Field(30.0, ge=0)
+    """After SIGTERM, running streams may go on for so long."""
+    hold_headers_s: float = Field(2.0, ge=0)
+    """A streaming answer waits so long for its first token before its headers leave, so that
+    Server-Timing and an error's status are known. After it, comments keep the connection."""
+    comment_interval_s: PositiveFloat = 5.0
+    max_body_bytes: Bytes = 8 << 20
+
+
+class AuthSettings(_Section):
+    """Keys. Without any, only loopback addresses can be bound."""
+
+    api_keys: tuple[str, ...] = ()
+    admin_keys: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    """Further Host values to accept; loopback names always are."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins of web pages that may call the API, such as https://chat.example.org."""
+
+
+class DeploySettings(_Section):
+    """What may be deployed over TCP. The command line on the same machine goes through a
+    private Unix socket and is not bound by this.
+    """
+
+    roots: tuple[pathlib.Path, ...] = ()
+    """Directories below which directory sources are accepted."""
+    schemes: tuple[str, ...] = ("demo",)
+
+
+class NodeSettings(_Section):
+    """The node that this machine is."""
+
+    num_workers: PositiveInt = 2
+    """Worker processes kept ready; each serves one model at a time."""
+    threads_per_worker: int = Field(0, ge=0)
+    """Compute threads of one worker; 0 divides the cores among the workers."""
+    dram_bytes: Bytes = _default_dram_bytes()
+    """Size of the arena that holds checkpoints in host memory."""
+    prefault: bool = True
+    """Take the arena's memory from the kernel at start, in the background, not on first use."""
+
+
+class EngineSettings(_Section):
+    """The batching engine of each worker."""
+
+    kv_bytes: Bytes = 512 << 20
+    """Memory for KV blocks, per worker."""
+    block_tokens: PositiveInt = 16
+    max_batch_sequences: PositiveInt = 32
+    max_batch_tokens: PositiveInt = 512
+    """Tokens of one step, prompts and decodes together; a longer prompt is prefilled in chunks."""
+    reuse_prefixes: bool = True
+    batch_invariant: bool = False
+    """Make bf16 results on CPU independent of what else is in the batch, at some cost."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto computes in the checkpoint's own dtype, straight from the arena; another one copies."""
+
+
+class PolicySettings(_Section):
+    """When models start, wait and stop."""
+
+    keep_alive_s: float = Field(300.0, ge=0)
+    queue_limit: int = Field(256, ge=0)
+    """Requests that may wait for one model; one more is answered 429."""
+    deadline_s: PositiveFloat = 120.0
+    """A request that has waited so long for its dispatch is answered 503."""
+    max_attempts: PositiveInt = 3
+    """Replicas that one request may lose before it is given up."""
+    slot_patience_s: float = Field(10.0, ge=0)
+    """A model that has waited so long for a slot gets the next one: the replica that has been
+    busy longest takes no further requests and stops when its running ones are done."""
+    failure_backoff_s: float = Field(5.0, ge=0)
+    """After a failed start, requests get the same error for so long before another is tried."""
+
+
+class Settings(pydantic_settings.BaseSettings):
+    """The whole configuration; see the module's docstring for where it is read from."""
+
+    model_config = pydantic_settings.SettingsConfigDict(
+        env_prefix=_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True
+    )
+
+    data_dir: pathlib.Path = Field(default_factory=default_data_dir)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["auto", "console", "json"] = "auto"
+    server: ServerSettings = ServerSettings()
+    auth: AuthSettings = AuthSettings()
+    deploy: DeploySettings = DeploySettings()
+    node: NodeSettings = NodeSettings()
+    engine: EngineSettings = EngineSettings()
+    policy: PolicySettings = PolicySettings()
+
+    @property
+    def socket_path(self) -> pathlib.Path:
+        """The private Unix socket through which the command line reaches a running server."""
+        return self.data_dir / "run" / "flashserve.sock"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[pydantic_settings.BaseSettings],
+        init_settings: pydantic_settings.PydanticBaseSettingsSource,
+        env_settings: pydantic_settings.PydanticBaseSettingsSource,
+        dotenv_settings: pydantic_settings.PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: pydantic_settings.PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[pydantic_settings.PydanticBaseSettingsSource, ...]:
+        file = pydantic_settings.TomlConfigSettingsSource(settings_cls, toml_file=_config_file())
+        return init_settings, env_settings, file
+
+
+def _config_file() -> pathlib.Path:
+    if path := os.environ.get(_PREFIX + "CONFIG"):
+        return pathlib.Path(path)
+    data_dir = os.environ.get(_PREFIX + "DATA_DIR")
+    return (pathlib.Path(data_dir) if data_dir else default_data_dir()) / "flashserve.toml"
+
+
+def load_settings(**overrides: object) -> Settings:
+    """The settings of this process, `overrides` (whole sections or top-level values) strongest.
+
+    Raises:
+        InputError: a value is wrong, a name unknown, or the file unreadable; one line that names
+            the setting.
+    """
+    explicit = os.environ.get(_PREFIX + "CONFIG")
+    if explicit and not pathlib.Path(explicit).is_file():
+        raise InputError(f"FLASHSERVE_CONFIG names {explicit}, which is not a file")
+    _refuse_unknown_variables()
+    try:
+        return Settings(**overrides)  # type: ignore[arg-type]
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"setting {name}: {first['msg']}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"configuration {_config_file()}: {error}") from None
+
+
+def _refuse_unknown_variables() -> None:
+    """Pydantic ignores a variable whose section is misspelled, so names are compared here."""
+    known = _OTHER_VARIABLES | {(_PREFIX + name).upper() for name in Settings.model_fields}
+    for name, field in Settings.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, _Section):
+            known |= {f"{_PREFIX}{name}__{leaf}".upper() for leaf in section.model_fields}
+    for variable in sorted(os.environ):
+        if variable.startswith(_PREFIX) and variable not in known:
+            raise InputError(f"environment variable {variable} is not a setting of FlashServe")

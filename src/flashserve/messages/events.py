@@ -1,0 +1,181 @@
+"""Facts that the controller is told. All are frozen values; none is an order."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from flashserve.types import (
+    ModelId,
+    ModelSpec,
+    NodeId,
+    NodeSpec,
+    Phases,
+    ReplicaId,
+    RequestId,
+    Tier,
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelDeployed:
+    model: ModelSpec
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelDeleted:
+    model_id: ModelId
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NodeJoined:
+    """A node with empty slots; an earlier incarnation of it (lower epoch) is gone."""
+
+    node: NodeSpec
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NodeLost:
+    node_id: NodeId
+    epoch: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WorkersChanged:
+    """How many worker processes of a node are alive and past their start, busy or spare."""
+
+    node_id: NodeId
+    num_ready: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RequestArrived:
+    request_id: RequestId
+    model_id: ModelId
+    num_prompt_tokens: int = 0
+    deadline_s: float | None = None
+    """Seconds from now in which the request must be dispatched; None follows the server."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RequestFinished:
+    """The request has its last token, failed for good, or its client went away."""
+
+    request_id: RequestId
+    prefill_s: float | None = None
+    """Dispatch to first token; None when there was none."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StageRequested:
+    """Somebody asked for a model to be brought up to `tier` (DISK or DRAM)."""
+
+    model_id: ModelId
+    tier: Tier
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EvictRequested:
+    """Somebody asked for a model to leave `tier` (DRAM or DISK) and every tier above it."""
+
+    model_id: ModelId
+    tier: Tier
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReplicaReady:
+    """A replica answers from now on. `phases` says what its start took."""
+
+    node_id: NodeId
+    replica_id: ReplicaId
+    model_id: ModelId
+    phases: Phases
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReplicaFailed:
+    """A replica never became ready, for a reason of its model's (`code` as in errors.py)."""
+
+    node_id: NodeId
+    replica_id: ReplicaId
+    model_id: ModelId
+    code: str
+    message: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReplicaLost:
+    """The worker of a replica died while loading or serving; its requests must go on elsewhere."""
+
+    node_id: NodeId
+    replica_id: ReplicaId
+    model_id: ModelId
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReplicaStopped:
+    node_id: NodeId
+    replica_id: ReplicaId
+    model_id: ModelId
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Staged:
+    """A model's bytes are in `tier`. Sent for a Stage order and, with DRAM, inside a cold start."""
+
+    node_id: NodeId
+    model_id: ModelId
+    tier: Tier
+    num_bytes: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StageFailed:
+    node_id: NodeId
+    model_id: ModelId
+    tier: Tier
+    code: str
+    message: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Evicted:
+    node_id: NodeId
+    model_id: ModelId
+    tier: Tier
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DrainStarted:
+    """The server is to stop: no new work is accepted, running work may finish."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed: deadlines and keep-alives may be due."""
+
+
+NodeEvent = (
+    WorkersChanged
+    | ReplicaReady
+    | ReplicaFailed
+    | ReplicaLost
+    | ReplicaStopped
+    | Staged
+    | StageFailed
+    | Evicted
+)
+Event = (
+    NodeEvent
+    | ModelDeployed
+    | ModelDeleted
+    | NodeJoined
+    | NodeLost
+    | RequestArrived
+    | RequestFinished
+    | StageRequested
+    | EvictRequested
+    | DrainStarted
+    | Tick
+)
