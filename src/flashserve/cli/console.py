@@ -1,0 +1,119 @@
+"""What commands print: tables and waiting signs on a terminal, plain lines everywhere else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import rich.console
+import rich.progress
+import rich.table
+import rich.text
+
+_PLAIN_WIDTH = 1000
+_REMINDER_S = 10.0
+
+
+def stdout_console() -> rich.console.Console:
+    """Fits the terminal; elsewhere wide enough that nothing is folded or cut."""
+    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
+    return rich.console.Console(highlight=False, width=width)
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_line(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
+def print_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    right: Sequence[str] = (),
+    fold: Sequence[str] = (),
+    styles: dict[str, str] | None = None,
+) -> None:
+    """Prints `rows` under `columns`; those named in `fold` take further lines when space is short.
+
+    A terminal gets headings in several lines, because it is short of columns.
+
+    right: columns of numbers; styles: cell texts that a terminal shows in a colour.
+    """
+    console = stdout_console()
+    table = rich.table.Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(
+            column.replace("_", "\n") if console.is_terminal else column,
+            justify="right" if column in right else "left",
+            no_wrap=column not in fold,
+            overflow="fold",
+        )
+    for row in rows:
+        table.add_row(*(rich.text.Text(cell, (styles or {}).get(cell, "")) for cell in row))
+    with console.capture() as capture:
+        console.print(table)
+    sys.stdout.writelines(line.rstrip() + "\n" for line in capture.get().splitlines())
+
+
+@contextlib.contextmanager
+def waiting(doing: str) -> Iterator[None]:
+    """Shows that work goes on: a bar with the elapsed time, or a plain line now and then."""
+    console = rich.console.Console(stderr=True, highlight=False)
+    if console.is_terminal:
+        with rich.progress.Progress(
+            rich.progress.SpinnerColumn(),
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(bar_width=20),
+            rich.progress.TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        ) as progress:
+            progress.add_task(doing, total=None)
+            yield
+        return
+    sys.stderr.write(f"{doing} ...\n")
+    done = threading.Event()
+    reminder = threading.Thread(target=_remind, args=(doing, done), daemon=True)
+    reminder.start()
+    try:
+        yield
+    finally:
+        done.set()
+        reminder.join()
+
+
+def _remind(doing: str, done: threading.Event) -> None:
+    started = time.monotonic()
+    while not done.wait(_REMINDER_S):
+        sys.stderr.write(f"{doing} ... {time.monotonic() - started:.0f} s\n")
+
+
+def human_bytes(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+def human_age(seconds: float | None) -> str:
+    """A duration in its largest unit; `-` for none."""
+    if seconds is None:
+        return "-"
+    for limit, size, unit in ((60, 1, "s"), (3600, 60, "min"), (86400, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds // size:.0f} {unit}"
+    return f"{seconds // 86400:.0f} d"
+
+
+def human_seconds(seconds: float) -> str:
+    """A phase of a receipt: milliseconds below one second."""
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"

@@ -1,0 +1,92 @@
+"""`flashserve`: runs one command; every failure is one line on stderr and an exit code.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Heavy libraries are imported by the
+commands that need them, so that `flashserve ps` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from flashserve.cli.config import config
+from flashserve.cli.generate import run
+from flashserve.cli.models import delete, deploy, evict, ps, stage
+from flashserve.cli.serve import serve
+from flashserve.errors import FlashServeError
+
+EXAMPLES: dict[Callable[..., None], list[str]] = {
+    serve: ["flashserve serve", "flashserve serve --port 9000 --workers 4 --dram 32GiB"],
+    deploy: [
+        "flashserve deploy smollm2 demo:smollm2",
+        "flashserve deploy team/qwen ~/models/qwen3-8b --keep-alive 60",
+    ],
+    ps: ["flashserve ps", "flashserve ps --json"],
+    run: [
+        'flashserve run smollm2 "What is the capital of France?"',
+        "cat letter.txt | flashserve run smollm2 - --max-tokens 64",
+    ],
+    stage: ["flashserve stage smollm2 --tier dram"],
+    evict: ["flashserve evict smollm2 --tier dram"],
+    delete: ["flashserve delete smollm2"],
+    config: ["flashserve config", "FLASHSERVE_NODE__NUM_WORKERS=1 flashserve config --json"],
+}
+"""Every command, in the order of `flashserve --help`, with the examples of its own --help."""
+
+app = typer.Typer(
+    name="flashserve",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _command, _lines in EXAMPLES.items():
+    # The backspace keeps the lines as they are, where text is otherwise filled.
+    app.command(epilog="\n".join(["\b", "Example:", *(f"  {line}" for line in _lines)]))(_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"flashserve {importlib.metadata.version('flashserve')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and stop."
+        ),
+    ] = False,
+) -> None:
+    """Serve many language models on one machine; idle ones cost nothing."""
+
+
+def main() -> None:
+    try:
+        app(prog_name="flashserve")
+    except FlashServeError as error:
+        _fail(error.message)
+    except Exception as error:
+        # The last resort of a command line: one line instead of a traceback.
+        if os.environ.get("FLASHSERVE_LOG_LEVEL", "").lower() == "debug":
+            raise
+        _fail(
+            f"unexpected {type(error).__name__}: {error} "
+            "(set FLASHSERVE_LOG_LEVEL=debug for the traceback)"
+        )
+
+
+def _fail(message: str) -> None:
+    sys.stderr.write(f"flashserve: error: {' '.join(message.split())}\n")
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

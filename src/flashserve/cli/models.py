@@ -1,0 +1,134 @@
+"""`deploy`, `delete`, `ps`, `stage` and `evict`: the models of a running server."""
+
+from __future__ import annotations
+
+import enum
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flashserve.cli import console
+from flashserve.cli.client import connect
+from flashserve.cli.options import AsJson, Name, Url
+
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:")
+_STATE_STYLES = {"ready": "green", "loading": "yellow", "draining": "yellow", "failed": "red"}
+
+
+class StagedTier(enum.StrEnum):
+    """Tiers that a model can be brought to, or made to leave, by hand."""
+
+    DISK = "disk"
+    DRAM = "dram"
+
+
+def deploy(
+    name: Name,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A directory with a safetensors checkpoint, or demo:smollm2.",
+            show_default=False,
+        ),
+    ],
+    keep_alive: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Seconds without a request after which it stops; else the server's setting.",
+            show_default=False,
+        ),
+    ] = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a model available under NAME. It stays so until it is deleted.
+
+    The checkpoint is checked at once and loaded at the first request.
+    """
+    options = {} if keep_alive is None else {"keep_alive_s": keep_alive}
+    with connect(url) as client, console.waiting(f"deploying {name} from {source}"):
+        model = client.deploy(name, _absolute(source), options)
+    _print_model(model, as_json=as_json)
+
+
+def delete(name: Name, url: Url = None, as_json: AsJson = False) -> None:
+    """Stop a model and forget it. Its checkpoint stays where it is."""
+    with connect(url) as client:
+        client.delete(name)
+    if as_json:
+        console.print_json({"name": name, "deleted": True})
+    else:
+        console.print_line(f"{name} is deleted")
+
+
+def ps(url: Url = None, as_json: AsJson = False) -> None:
+    """List the deployed models, where their bytes are, and why."""
+    with connect(url) as client:
+        models = client.models()
+    if as_json:
+        console.print_json(models)
+        return
+    if not models:
+        console.print_line("no models are deployed: try `flashserve deploy smollm2 demo:smollm2`")
+        return
+    console.print_table(
+        ["name", "state", "tier", "replicas", "in_flight", "dram_bytes", "last_used_s", "reason"],
+        [_row(model) for model in models],
+        right=["replicas", "in_flight", "dram_bytes", "last_used_s"],
+        fold=["name", "reason"],
+        styles=_STATE_STYLES,
+    )
+
+
+def stage(
+    name: Name,
+    tier: Annotated[StagedTier, typer.Option(help="Where its bytes shall be.")],
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring a model's bytes up to a tier, ahead of its first request."""
+    with connect(url) as client, console.waiting(f"staging {name} to {tier.value}"):
+        model = client.stage(name, tier.value)
+    _print_model(model, as_json=as_json)
+
+
+def evict(
+    name: Name,
+    tier: Annotated[StagedTier, typer.Option(help="Which tier to leave, with all above it.")],
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Free the bytes that a model takes in a tier. The next request brings them back."""
+    with connect(url) as client, console.waiting(f"evicting {name} from {tier.value}"):
+        model = client.evict(name, tier.value)
+    _print_model(model, as_json=as_json)
+
+
+def _absolute(source: str) -> str:
+    """The server has a working directory of its own, so a relative path means nothing to it."""
+    return source if _SCHEME.match(source) else str(Path(source).expanduser().absolute())
+
+
+def _row(model: dict[str, Any]) -> list[str]:
+    return [
+        model["name"],
+        model["state"],
+        model["tier"],
+        str(model["replicas"]),
+        str(model["in_flight"]),
+        console.human_bytes(model["dram_bytes"]),
+        console.human_age(model["last_used_s"]),
+        model["reason"],
+    ]
+
+
+def _print_model(model: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        console.print_json(model)
+        return
+    size = console.human_bytes(model["size_bytes"])
+    console.print_line(f"{model['name']} is {model['state']}, its {size} in {model['tier']}")

@@ -1,0 +1,36 @@
+"""One converted model for all end-to-end tests, and one server for those that do not harm it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.e2e.harness import Server, running
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Path:
+    """The real small model, converted once per clone."""
+    path = REPOSITORY / ".demo" / "models" / "smollm2"
+    subprocess.run([sys.executable, "-m", "flashserve.store.demo", str(path)], check=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def server(checkpoint: Path) -> Iterator[Server]:
+    """A server with the model deployed, shared by the tests that leave both as they were."""
+    with running(checkpoint) as started:
+        yield started
+        assert started.stop() == 0, started.log()

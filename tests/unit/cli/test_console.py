@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from flashserve.cli import console
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "shown"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1536, "1.5 KiB"),
+        (269_060_552, "256.6 MiB"),
+        (3 << 40, "3.0 TiB"),
+    ],
+)
+def test_bytes_are_shown_in_their_largest_unit(num_bytes: int, shown: str) -> None:
+    assert console.human_bytes(num_bytes) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(None, "-"), (0.4, "0 s"), (59.9, "59 s"), (61, "1 min"), (7300, "2 h"), (200_000, "2 d")],
+)
+def test_ages_are_shown_in_their_largest_unit(seconds: float | None, shown: str) -> None:
+    assert console.human_age(seconds) == shown
+
+
+def test_phases_below_a_second_are_shown_in_milliseconds() -> None:
+    assert console.human_seconds(0.0421) == "42 ms"
+    assert console.human_seconds(1.5) == "1.50 s"
+
+
+def test_a_table_on_no_terminal_is_plain_and_never_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    reason = "because " * 30
+    console.print_table(
+        ["name", "reason"], [["m", reason.strip()]], fold=["reason"], styles={"m": "red"}
+    )
+    printed = capsys.readouterr().out
+    assert printed.splitlines() == ["name reason".replace(" ", "  ", 1), f"m     {reason.strip()}"]
+    assert "\x1b" not in printed
+
+
+def test_a_table_on_a_terminal_folds_to_its_width(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    console.print_table(
+        ["name", "reason"], [["team/" + "model" * 20, "because " * 30]], fold=["name", "reason"]
+    )
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.count("because") for line in lines) == 30
+
+
+def test_waiting_on_no_terminal_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.waiting("deploying m"):
+        pass
+    assert capsys.readouterr().err == "deploying m ...\n"
