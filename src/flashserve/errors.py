@@ -2,6 +2,7 @@
 
 FlashServeError
 ├── InputError                   400  the request itself is wrong
+│   ├── BodyTooLargeError        413  the request has more bytes than the server takes
 │   ├── ContextLengthError       400  prompt and max_tokens do not fit the model's context
 │   └── ChatTemplateError        400  chat was asked of a model without a chat template
 ├── AuthenticationError          401  no key, or a key that is not known
@@ -18,6 +19,7 @@ FlashServeError
 │   ├── DeadlineError            503  the request waited longer than its deadline
 │   ├── DrainingError            503  the server is shutting down
 │   └── ReplicaError             503  the replica failed, and so did every retry
+├── CatalogueError               500  the durable catalogue cannot be read or written
 ├── WireError                    500  a frame or message does not have the agreed form
 └── InternalError                500  a fault of our own
 
@@ -46,6 +48,11 @@ class FlashServeError(Exception):
 class InputError(FlashServeError):
     status = 400
     code = "invalid_request"
+
+
+class BodyTooLargeError(InputError):
+    status = 413
+    code = "body_too_large"
 
 
 class ContextLengthError(InputError):
@@ -117,6 +124,10 @@ class DrainingError(UnavailableError):
 
 class ReplicaError(UnavailableError):
     code = "replica_failed"
+
+
+class CatalogueError(FlashServeError):
+    code = "catalogue_error"
 
 
 class WireError(FlashServeError):

@@ -1,0 +1,247 @@
+"""The durable record: which models are deployed, and how many requests each had in each minute.
+
+One SQLite file (WAL). What exists is what was deployed, not what is running: a restarted server
+reads its models from here. All calls run in one thread, so that the event loop never waits for the
+disk and the connection needs no lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flashserve.errors import CatalogueError
+from flashserve.forecast.arrivals import ArrivalCount
+from flashserve.types import ModelId, ModelSpec, Tier
+
+FILE_NAME = "catalogue.sqlite"
+
+_MIGRATIONS = (
+    """
+    CREATE TABLE models (
+        model_id TEXT PRIMARY KEY,
+        source TEXT NOT NULL,
+        size_bytes INTEGER NOT NULL,
+        lowest_tier INTEGER NOT NULL,
+        keep_alive_s REAL,
+        architecture TEXT NOT NULL,
+        context_tokens INTEGER NOT NULL,
+        has_chat_template INTEGER NOT NULL,
+        identity TEXT NOT NULL,
+        directory TEXT NOT NULL,
+        created_at REAL NOT NULL
+    ) STRICT;
+    CREATE TABLE arrivals (
+        model_id TEXT NOT NULL,
+        minute INTEGER NOT NULL,
+        count INTEGER NOT NULL,
+        PRIMARY KEY (model_id, minute)
+    ) STRICT, WITHOUT ROWID;
+    """,
+)
+"""Entry v takes a file from schema version v to v + 1; released entries never change."""
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeployedModel:
+    """A model as it was deployed. `directory` holds its files, tokenizer included."""
+
+    spec: ModelSpec
+    identity: str
+    """Of the source's content, as the store computes it; another one means other weights."""
+    directory: Path
+    created_at: float
+    """Unix time."""
+
+
+class Catalogue:
+    """Owns the file; `open` before any other call, `close` at the end.
+
+    Every method raises CatalogueError with one line that names the file and the remedy.
+    """
+
+    def __init__(self, data_dir: Path) -> None:
+        self.path = data_dir / FILE_NAME
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, "catalogue")
+        self._connection: sqlite3.Connection | None = None
+
+    async def open(self) -> None:
+        """Create or open the file and bring it to this version's schema."""
+        self._connection = await self._run(lambda: _connect(self.path))
+
+    async def close(self) -> None:
+        """Idempotent."""
+        if (connection := self._connection) is not None:
+            self._connection = None
+            await self._run(connection.close)
+        self._executor.shutdown()
+
+    async def models(self) -> list[DeployedModel]:
+        """Every deployed model, by name."""
+        return await self._run(lambda: _read_models(self._db))
+
+    async def put(self, model: DeployedModel) -> None:
+        """Record a deployment, in place of an earlier one of that name.
+
+        On return it outlives a killed process.
+        """
+        await self._run(lambda: _write_model(self._db, model))
+
+    async def delete(self, model_id: ModelId) -> None:
+        """Forget a model and its arrivals."""
+        await self._run(lambda: _delete_model(self._db, model_id))
+
+    async def add_arrivals(self, counts: Iterable[ArrivalCount]) -> None:
+        """Add to what is recorded; all or nothing."""
+        rows = [dataclasses.astuple(count) for count in counts]
+        await self._run(lambda: _write_arrivals(self._db, rows))
+
+    async def arrivals(
+        self, model_id: ModelId, first_minute: int, last_minute: int
+    ) -> list[ArrivalCount]:
+        """What is recorded of one model, both ends included, oldest first, no empty minutes."""
+        key = (model_id, first_minute, last_minute)
+        return await self._run(lambda: _read_arrivals(self._db, key))
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        if self._connection is None:
+            raise CatalogueError(f"catalogue {self.path} is not open")
+        return self._connection
+
+    async def _run(self, call: Callable[[], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+        except (sqlite3.DatabaseError, _DamagedRowError) as error:
+            raise CatalogueError(f"catalogue {self.path}: {error}: {_remedy(error)}") from None
+        except OSError as error:
+            raise CatalogueError(f"catalogue {self.path}: {error.strerror}") from None
+
+
+class _DamagedRowError(Exception):
+    """A row holds a value that this version could never have written."""
+
+
+def _remedy(error: Exception) -> str:
+    """Trouble of the disk passes; anything else SQLite says is damage to the file."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
+    if isinstance(error, sqlite3.OperationalError) and code != sqlite3.SQLITE_ERROR:
+        return "check that the directory can be written and the disk is not full"
+    return "the file is damaged; move it away and deploy the models again"
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        _migrate(connection, path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _migrate(connection: sqlite3.Connection, path: Path) -> None:
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version > len(_MIGRATIONS):
+        raise CatalogueError(
+            f"catalogue {path} was written by a newer FlashServe (schema {version}, this one"
+            f" knows {len(_MIGRATIONS)}): upgrade FlashServe or use another data directory"
+        )
+    for number, script in enumerate(_MIGRATIONS[version:], start=version + 1):
+        connection.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
+
+
+def _read_models(connection: sqlite3.Connection) -> list[DeployedModel]:
+    rows = connection.execute(
+        "SELECT model_id, source, size_bytes, lowest_tier, keep_alive_s, architecture,"
+        " context_tokens, has_chat_template, identity, directory, created_at"
+        " FROM models ORDER BY model_id"
+    )
+    return [_model_of(row) for row in rows]
+
+
+def _model_of(row: tuple[Any, ...]) -> DeployedModel:
+    name, source, size, tier, keep_alive_s, architecture, context, chat, *rest = row
+    identity, directory, created_at = rest
+    try:
+        spec = ModelSpec(
+            model_id=ModelId(name),
+            source=source,
+            size_bytes=size,
+            lowest_tier=Tier(tier),
+            keep_alive_s=keep_alive_s,
+            architecture=architecture,
+            context_tokens=context,
+            has_chat_template=bool(chat),
+        )
+    except ValueError as error:
+        raise _DamagedRowError(f"model {name}: {error}") from None
+    return DeployedModel(spec, identity, Path(directory), created_at)
+
+
+def _write_model(connection: sqlite3.Connection, model: DeployedModel) -> None:
+    spec = model.spec
+    row = (
+        spec.model_id,
+        spec.source,
+        spec.size_bytes,
+        int(spec.lowest_tier),
+        spec.keep_alive_s,
+        spec.architecture,
+        spec.context_tokens,
+        int(spec.has_chat_template),
+        model.identity,
+        str(model.directory),
+        model.created_at,
+    )
+    connection.execute("INSERT OR REPLACE INTO models VALUES (?,?,?,?,?,?,?,?,?,?,?)", row)
+
+
+def _delete_model(connection: sqlite3.Connection, model_id: ModelId) -> None:
+    with _transaction(connection):
+        connection.execute("DELETE FROM models WHERE model_id = ?", (model_id,))
+        connection.execute("DELETE FROM arrivals WHERE model_id = ?", (model_id,))
+
+
+def _write_arrivals(connection: sqlite3.Connection, rows: list[tuple[Any, ...]]) -> None:
+    with _transaction(connection):
+        connection.executemany(
+            "INSERT INTO arrivals VALUES (?, ?, ?)"
+            " ON CONFLICT DO UPDATE SET count = count + excluded.count",
+            rows,
+        )
+
+
+def _read_arrivals(
+    connection: sqlite3.Connection, key: tuple[ModelId, int, int]
+) -> list[ArrivalCount]:
+    rows = connection.execute(
+        "SELECT model_id, minute, count FROM arrivals"
+        " WHERE model_id = ? AND minute BETWEEN ? AND ? ORDER BY minute",
+        key,
+    )
+    return [ArrivalCount(ModelId(name), minute, count) for name, minute, count in rows]
+
+
+@contextlib.contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")

@@ -1,0 +1,147 @@
+"""The durable catalogue: what is written is read back, and damage is told in one line."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import sqlite3
+import stat
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from flashserve.errors import CatalogueError
+from flashserve.forecast.arrivals import ArrivalCount
+from flashserve.live.catalogue import FILE_NAME, Catalogue, DeployedModel
+from flashserve.types import ModelId, ModelSpec, Tier
+
+T = TypeVar("T")
+A, B = ModelId("a"), ModelId("b/c")
+
+
+def deployed(model_id: ModelId, **spec: object) -> DeployedModel:
+    fields: dict[str, object] = {
+        "source": f"/models/{model_id}",
+        "size_bytes": 5 << 40,
+        "lowest_tier": Tier.REMOTE,
+        "keep_alive_s": 0.5,
+        "architecture": "LlamaForCausalLM",
+        "context_tokens": 8192,
+        "has_chat_template": True,
+    }
+    return DeployedModel(
+        ModelSpec(model_id, **{**fields, **spec}),  # type: ignore[arg-type]
+        identity="1234",
+        directory=Path("/models") / model_id,
+        created_at=1.5e9,
+    )
+
+
+def use(data_dir: Path, act: Callable[[Catalogue], Awaitable[T]]) -> T:
+    async def scenario() -> T:
+        catalogue = Catalogue(data_dir)
+        try:
+            await catalogue.open()
+            return await act(catalogue)
+        finally:
+            await catalogue.close()
+
+    return asyncio.run(scenario())
+
+
+def test_deployed_models_are_there_after_a_restart(tmp_path: Path) -> None:
+    first, second = deployed(A), deployed(B, keep_alive_s=None, has_chat_template=False)
+
+    async def write(catalogue: Catalogue) -> None:
+        await catalogue.put(second)
+        await catalogue.put(deployed(A, size_bytes=1))
+        await catalogue.put(first)
+
+    use(tmp_path, write)
+    assert use(tmp_path, Catalogue.models) == [first, second]
+
+
+def test_a_deleted_model_is_gone_with_its_arrivals(tmp_path: Path) -> None:
+    async def act(catalogue: Catalogue) -> tuple[object, object, object]:
+        await catalogue.put(deployed(A))
+        await catalogue.add_arrivals([ArrivalCount(A, 1, 1), ArrivalCount(B, 1, 1)])
+        await catalogue.delete(A)
+        await catalogue.delete(A)
+        arrivals = [await catalogue.arrivals(name, 0, 9) for name in (A, B)]
+        return await catalogue.models(), *arrivals
+
+    assert use(tmp_path, act) == ([], [], [ArrivalCount(B, 1, 1)])
+
+
+def test_arrivals_add_up_over_writes_and_restarts(tmp_path: Path) -> None:
+    for _ in range(2):
+        use(tmp_path, lambda c: c.add_arrivals([ArrivalCount(A, 7, 2), ArrivalCount(A, 8, 1)]))
+    read = use(tmp_path, lambda c: c.arrivals(A, 7, 8))
+    assert read == [ArrivalCount(A, 7, 4), ArrivalCount(A, 8, 2)]
+    assert use(tmp_path, lambda c: c.arrivals(A, 8, 8)) == [ArrivalCount(A, 8, 2)]
+
+
+def test_the_file_is_private(tmp_path: Path) -> None:
+    use(tmp_path / "new", Catalogue.models)
+    assert stat.S_IMODE((tmp_path / "new" / FILE_NAME).stat().st_mode) == 0o600
+
+
+def test_a_file_of_a_newer_version_is_refused_and_left_alone(tmp_path: Path) -> None:
+    use(tmp_path, Catalogue.models)
+    with sqlite3.connect(tmp_path / FILE_NAME) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(CatalogueError, match=r"newer FlashServe \(schema 99.*upgrade"):
+        use(tmp_path, Catalogue.models)
+
+
+def test_a_file_that_is_no_database_is_told_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_bytes(b"not a database, certainly not" * 100)
+    with pytest.raises(CatalogueError, match="damaged; move it away") as caught:
+        use(tmp_path, Catalogue.models)
+    assert str(tmp_path / FILE_NAME) in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE models SET lowest_tier = 77",
+        "UPDATE models SET lowest_tier = -1",
+        "DROP TABLE models",
+    ],
+)
+def test_rows_that_make_no_sense_are_damage(tmp_path: Path, damage: str) -> None:
+    use(tmp_path, lambda c: c.put(deployed(A)))
+    with sqlite3.connect(tmp_path / FILE_NAME) as connection:
+        connection.execute(damage)
+    connection.close()
+    with pytest.raises(CatalogueError, match="damaged; move it away"):
+        use(tmp_path, Catalogue.models)
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CatalogueError, match=r"Not a directory|File exists"):
+        use(tmp_path / "file" / "below", Catalogue.models)
+    (tmp_path / FILE_NAME).mkdir()
+    with pytest.raises(CatalogueError, match="Is a directory"):
+        use(tmp_path, Catalogue.models)
+
+
+def test_a_closed_catalogue_says_so() -> None:
+    with pytest.raises(CatalogueError, match="is not open"):
+        asyncio.run(Catalogue(Path("nowhere")).models())
+
+
+def test_a_failed_write_leaves_nothing_half_done(tmp_path: Path) -> None:
+    async def act(catalogue: Catalogue) -> list[ArrivalCount]:
+        wrong = dataclasses.replace(ArrivalCount(A, 1, 1), count="many")  # type: ignore[arg-type]
+        with pytest.raises(CatalogueError):
+            await catalogue.add_arrivals([ArrivalCount(A, 1, 1), wrong])
+        await catalogue.add_arrivals([ArrivalCount(A, 2, 1)])
+        return await catalogue.arrivals(A, 0, 9)
+
+    assert use(tmp_path, act) == [ArrivalCount(A, 2, 1)]
