@@ -1,0 +1,192 @@
+"""The batching engine: takes jobs, computes steps, emits tokens. One thread owns it."""
+
+from __future__ import annotations
+
+import collections
+import secrets
+import time
+from collections.abc import Sequence as Ids
+from typing import Any
+
+import torch
+from torch import nn
+
+from flashserve.config import EngineSettings
+from flashserve.engine.batching import Batcher
+from flashserve.engine.blocks import BlockPool
+from flashserve.engine.runner import KVShape, Runner, allocate_pool
+from flashserve.engine.sampling import Draw, Drawn, sample
+from flashserve.engine.sequence import Sequence
+from flashserve.errors import ConflictError, ContextLengthError, InputError, UnavailableError
+from flashserve.messages.work import GenerateJob
+from flashserve.types import KVUsage, SamplingParams, TokenOutput
+
+
+class Engine:
+    """Serves one model.
+
+    Args:
+        model: from `loading.build_skeleton`, with its weights bound.
+        settings: batch_invariant also turns prefix reuse off, because keys computed within
+            another prompt may differ in the last bit.
+        kv_pool: flat uint8 memory for the keys and values; allocated here if not given. It may
+            have served another model before.
+        eos_token_ids: tokens that end a sequence; see `loading.eos_token_ids`.
+
+    Raises:
+        UnavailableError: the pool does not hold a single block.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: EngineSettings,
+        kv_pool: torch.Tensor | None = None,
+        eos_token_ids: Ids[int] = (),
+    ) -> None:
+        config: Any = model.config
+        self._context_tokens: int = config.max_position_embeddings
+        self._vocab_size: int = config.vocab_size
+        self._eos = frozenset(eos_token_ids)
+        if kv_pool is None:
+            kv_pool = allocate_pool(settings.kv_bytes)
+        shape = KVShape.of(config, next(model.parameters()).dtype)
+        block_bytes = settings.block_tokens * shape.bytes_per_token
+        num_blocks = kv_pool.numel() // block_bytes
+        if num_blocks == 0:
+            raise UnavailableError(
+                f"engine.kv_bytes is {kv_pool.numel()}, but one block of this model's keys and "
+                f"values takes {block_bytes}"
+            )
+        self._pool = BlockPool(num_blocks, settings.block_tokens)
+        self._batcher = Batcher(
+            self._pool,
+            settings.max_batch_sequences,
+            settings.max_batch_tokens,
+            reuse_prefixes=settings.reuse_prefixes and not settings.batch_invariant,
+            whole_prompts=settings.batch_invariant,
+        )
+        self._runner = Runner(
+            model,
+            shape.view(kv_pool, num_blocks * settings.block_tokens),
+            settings.block_tokens,
+            batch_invariant=settings.batch_invariant,
+        )
+        self.counts: collections.Counter[str] = collections.Counter()
+        """steps, tokens (computed), reused_tokens and preemptions since the start."""
+
+    @property
+    def has_work(self) -> bool:
+        return self.num_running + self.num_waiting > 0
+
+    @property
+    def num_running(self) -> int:
+        return self._batcher.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return self._batcher.num_waiting
+
+    def kv_usage(self) -> KVUsage:
+        return self._pool.usage()
+
+    def drop_cached(self) -> None:
+        """Forgets all reusable prefixes."""
+        self._pool.drop_cached()
+
+    def add(self, job: GenerateJob) -> None:
+        """Queues a sequence.
+
+        Raises:
+            InputError: token ids or parameters make no sense for this model.
+            ContextLengthError: the sequence can never fit the context or the pool.
+            ConflictError: a sequence of this id is not finished yet.
+        """
+        if job.sequence_id in self._batcher:
+            raise ConflictError(f"sequence {job.sequence_id} is already running")
+        self._check(job)
+        seed = secrets.randbits(63) if job.params.seed is None else job.params.seed
+        self._batcher.add(Sequence.from_job(job, seed))
+
+    def abort(self, sequence_id: str) -> None:
+        """Ends a sequence without a further token. An unknown or finished one is ignored."""
+        if sequence_id in self._batcher:
+            self._batcher.remove(sequence_id)
+
+    def step(self) -> list[tuple[str, TokenOutput]]:
+        """Computes one step and returns the tokens that it emitted, with their sequence ids."""
+        segments = self._batcher.schedule()
+        if not segments:
+            return []
+        logits = self._runner.run(segments)
+        self._batcher.commit(segments)
+        self.counts["steps"] += 1
+        self.counts["tokens"] += sum(segment.end - segment.begin for segment in segments)
+        sampling = [segment.sequence for segment in segments if segment.samples]
+        draws = [Draw(item.params, item.seed, item.num_emitted) for item in sampling]
+        drawn = sample(logits, draws)
+        now = time.monotonic()
+        return [self._emit(*pair, now) for pair in zip(sampling, drawn, strict=True)]
+
+    def _emit(self, sequence: Sequence, drawn: Drawn, now: float) -> tuple[str, TokenOutput]:
+        index = sequence.num_emitted
+        sequence.tokens.append(drawn.token_id)
+        reason = self._finish_reason(sequence, drawn)
+        if reason is not None:
+            self._batcher.remove(sequence.sequence_id)
+            self.counts["reused_tokens"] += sequence.num_reused
+            self.counts["preemptions"] += sequence.num_preemptions
+        return sequence.sequence_id, TokenOutput(
+            index=index,
+            token_id=drawn.token_id,
+            logprob=drawn.logprob,
+            top_logprobs=drawn.top_logprobs,
+            finish_reason=reason,
+            emitted_at=now,
+        )
+
+    def _finish_reason(self, sequence: Sequence, drawn: Drawn) -> str | None:
+        params = sequence.params
+        if not drawn.is_valid:
+            return "error"
+        if drawn.token_id in params.stop_token_ids:
+            return "stop"
+        if drawn.token_id in self._eos and not params.ignore_eos:
+            return "stop"
+        return "length" if sequence.num_emitted >= params.max_tokens else None
+
+    def _check(self, job: GenerateJob) -> None:
+        _check_params(job.params)
+        if not job.prompt_ids:
+            raise InputError("the prompt is empty")
+        for token in (*job.prompt_ids, *job.emitted_ids):
+            if not 0 <= token < self._vocab_size:
+                raise InputError(f"token id {token} is not in the vocabulary of {self._vocab_size}")
+        num_prompt, num_new = len(job.prompt_ids), job.params.max_tokens
+        if len(job.emitted_ids) >= num_new:
+            raise InputError(f"max_tokens is {num_new}, and {len(job.emitted_ids)} are emitted")
+        if num_prompt + num_new > self._context_tokens:
+            raise ContextLengthError(
+                f"prompt ({num_prompt} tokens) and max_tokens ({num_new}) exceed the model's "
+                f"context of {self._context_tokens} tokens"
+            )
+        room = self._pool.num_blocks * self._pool.block_tokens
+        if num_prompt + num_new - 1 > room:
+            raise ContextLengthError(
+                f"prompt ({num_prompt} tokens) and max_tokens ({num_new}) exceed the KV pool of "
+                f"{room} tokens; raise engine.kv_bytes or lower max_tokens"
+            )
+
+
+def _check_params(params: SamplingParams) -> None:
+    """The last line of defence: the gateway has checked and named these before."""
+    if params.max_tokens < 1:
+        raise InputError(f"max_tokens is {params.max_tokens}, not 1 or more")
+    if not 0 <= params.temperature < float("inf"):
+        raise InputError(f"temperature is {params.temperature}, not a number from 0")
+    if not 0 < params.top_p <= 1:
+        raise InputError(f"top_p is {params.top_p}, not above 0 and up to 1")
+    if params.top_k < 0:
+        raise InputError(f"top_k is {params.top_k}, not 0 or more")
+    if params.logprobs is not None and params.logprobs < 0:
+        raise InputError(f"logprobs is {params.logprobs}, not 0 or more")

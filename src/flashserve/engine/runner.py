@@ -1,0 +1,143 @@
+"""Runs the segments of a step through the model in one packed forward."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from flashserve.engine.attention import AttentionStep, Slots, Span
+from flashserve.engine.sequence import Segment, Sequence
+from flashserve.errors import UnavailableError
+
+# With fewer rows, bf16 products take another path, whose results differ in the last bit.
+_INVARIANT_ROWS = 4
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class KVShape:
+    """What the keys and values of one token look like."""
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: Any, dtype: torch.dtype) -> KVShape:
+        """Args: config: the transformers configuration of a served model."""
+        head_dim = getattr(config, "head_dim", None)
+        return cls(
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_key_value_heads,
+            head_dim=head_dim or config.hidden_size // config.num_attention_heads,
+            dtype=dtype,
+        )
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.num_layers * self.num_heads * self.head_dim * int(self.dtype.itemsize)
+
+    def view(self, pool: torch.Tensor, num_slots: int) -> list[torch.Tensor]:
+        """The flat uint8 `pool` as one [num_slots, 2, heads, head_dim] tensor for each layer."""
+        used = pool[: num_slots * self.bytes_per_token].view(self.dtype)
+        return list(used.view(self.num_layers, num_slots, 2, self.num_heads, self.head_dim))
+
+
+class Runner:
+    """A model and the pool that its keys and values live in.
+
+    Args:
+        model: a causal language model of transformers whose attention is `paged_attention`.
+        kv: one [slots, 2, heads, head_dim] tensor for each layer.
+        block_tokens: slots of one block.
+        batch_invariant: compute at least _INVARIANT_ROWS rows at a time.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kv: list[torch.Tensor],
+        block_tokens: int,
+        *,
+        batch_invariant: bool = False,
+    ) -> None:
+        self._model = model
+        self._kv = kv
+        self._block_tokens = block_tokens
+        self._min_rows = _INVARIANT_ROWS if batch_invariant else 1
+
+    @torch.inference_mode()
+    def run(self, segments: list[Segment]) -> torch.Tensor:
+        """Computes the segments; returns the logits of those that sample, [rows, vocabulary]."""
+        ids: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        for segment in segments:
+            ids += segment.sequence.tokens[segment.begin : segment.end]
+            positions += range(segment.begin, segment.end)
+            if segment.samples:
+                rows.append(len(ids) - 1)
+        step = self._attention_step(segments)
+        num_sampled = len(rows)
+        padding = max(0, self._min_rows - len(ids))
+        rows += [rows[-1]] * max(0, self._min_rows - num_sampled) if rows else []
+        output = self._model(
+            input_ids=torch.tensor([ids + ids[-1:] * padding]),
+            position_ids=torch.tensor([positions + positions[-1:] * padding]),
+            use_cache=False,
+            logits_to_keep=torch.tensor(rows, dtype=torch.int64),
+            flashserve_step=step,
+        )
+        logits: torch.Tensor = output.logits[0, :num_sampled]
+        return logits
+
+    def _attention_step(self, segments: list[Segment]) -> AttentionStep:
+        slots = {item: self._slots(item) for item in {s.sequence: None for s in segments}}
+        spans: list[Span] = []
+        writes: list[Slots] = []
+        row = 0
+        for segment in segments:
+            found = slots[segment.sequence]
+            spans.append(Span(row, segment.begin, segment.end, _part(found, 0, segment.end)))
+            writes.append(_part(found, segment.begin, segment.end))
+            row += segment.end - segment.begin
+        write = writes[0] if len(writes) == 1 else torch.cat([_index(part) for part in writes])
+        return AttentionStep(self._kv, row, write, spans)
+
+    def _slots(self, sequence: Sequence) -> Slots:
+        """Where the keys of each position are: a slice if the blocks are neighbours."""
+        first, size = sequence.blocks[0], self._block_tokens
+        num_blocks = len(sequence.blocks)
+        if sequence.blocks == list(range(first, first + num_blocks)):
+            return slice(first * size, (first + num_blocks) * size)
+        blocks = torch.tensor(sequence.blocks)[:, None]
+        return (blocks * size + torch.arange(size)).flatten()
+
+
+def _part(slots: Slots, begin: int, end: int) -> Slots:
+    if isinstance(slots, slice):
+        return slice(slots.start + begin, slots.start + end)
+    return slots[begin:end]
+
+
+def _index(slots: Slots) -> torch.Tensor:
+    if isinstance(slots, slice):
+        return torch.arange(slots.start, slots.stop)
+    return slots
+
+
+def allocate_pool(num_bytes: int) -> torch.Tensor:
+    """A flat uint8 pool whose memory is taken from the kernel now, not at first use.
+
+    Raises:
+        UnavailableError: the machine does not have it.
+    """
+    try:
+        return torch.zeros(num_bytes, dtype=torch.uint8).fill_(0)
+    except RuntimeError as error:
+        raise UnavailableError(
+            f"no memory for a KV pool of {num_bytes} bytes; lower engine.kv_bytes"
+        ) from error
