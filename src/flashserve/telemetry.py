@@ -1,0 +1,252 @@
+"""What a running server tells its operators: structured logs, and metrics for Prometheus.
+
+Any layer above may call the functions here; nothing here calls back. Metrics live in a registry of
+our own, so that a library which fills the global one adds nothing to ours. Labels are bounded: the
+names of deployed models, phases, tiers, states, and the codes of errors.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Iterable
+from typing import Literal
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from flashserve.types import KVUsage, Phases, Tier
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_SECONDS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    120.0,
+)
+_FAST_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 1.0)
+_COLD_PHASES = ("place", "fetch", "dram", "device", "init")
+
+_registry = CollectorRegistry()
+_ttft = Histogram(
+    "flashserve_ttft_seconds",
+    "Request in to the first token written to the socket.",
+    ("model", "start"),
+    buckets=_SECONDS,
+    registry=_registry,
+)
+_tpot = Histogram(
+    "flashserve_tpot_seconds",
+    "Time per output token after the first.",
+    ("model",),
+    buckets=_SECONDS,
+    registry=_registry,
+)
+_queue = Histogram(
+    "flashserve_queue_seconds",
+    "Wait for a slot or behind other requests.",
+    ("model",),
+    buckets=_SECONDS,
+    registry=_registry,
+)
+_cold_phase = Histogram(
+    "flashserve_cold_start_phase_seconds",
+    "Phases of the start that a request waited for, once per request.",
+    ("model", "phase"),
+    buckets=_SECONDS,
+    registry=_registry,
+)
+_gateway = Histogram(
+    "flashserve_gateway_seconds",
+    "Time that the gateway adds: in (request to engine), out (token to socket).",
+    ("direction",),
+    buckets=_FAST_SECONDS,
+    registry=_registry,
+)
+_requests = Counter(
+    "flashserve_requests",
+    "Generation requests by how they ended: ok, aborted, or an error's code.",
+    ("model", "outcome"),
+    registry=_registry,
+)
+_cold_requests = Counter(
+    "flashserve_cold_requests",
+    "Requests that waited for a start, by the tier that held the bytes.",
+    ("model", "tier"),
+    registry=_registry,
+)
+_tokens = Counter(
+    "flashserve_tokens",
+    "Tokens by kind: prompt, cached (the part of prompt that was reused), completion.",
+    ("model", "kind"),
+    registry=_registry,
+)
+_responses = Counter(
+    "flashserve_http_responses", "HTTP responses by status.", ("status",), registry=_registry
+)
+_in_flight = Gauge(
+    "flashserve_in_flight", "Requests dispatched to a replica.", ("model",), registry=_registry
+)
+_waiting = Gauge(
+    "flashserve_waiting", "Requests waiting for a dispatch.", ("model",), registry=_registry
+)
+_replicas = Gauge("flashserve_replicas", "Ready replicas.", ("model",), registry=_registry)
+_dram = Gauge(
+    "flashserve_dram_bytes", "Bytes held in the DRAM arena.", ("model",), registry=_registry
+)
+_kv = Gauge(
+    "flashserve_kv_blocks",
+    "KV blocks of a model's replicas by state: used, cached, free.",
+    ("model", "state"),
+    registry=_registry,
+)
+_BY_MODEL = (_ttft, _tpot, _queue, _cold_phase, _requests, _cold_requests, _tokens)
+_GAUGES = (_in_flight, _waiting, _replicas, _dram, _kv)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServedRequest:
+    """One generation request as the metrics see it, complete or not.
+
+    Times are seconds and None where the request did not get so far. outcome: ok, aborted, or the
+    code of an error.
+    """
+
+    model: str
+    outcome: str
+    tier: Tier
+    cold: bool
+    phases: Phases
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    ttft_s: float | None
+    tpot_s: float | None
+    gateway_in_s: float | None
+    gateway_out_s: float | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelGauges:
+    """The present of one model, read when somebody asks for the metrics."""
+
+    model: str
+    in_flight: int
+    waiting: int
+    replicas: int
+    dram_bytes: int
+    kv: KVUsage | None
+
+
+def observe_request(request: ServedRequest) -> None:
+    """Count a request that was admitted, at its end."""
+    model = request.model
+    _requests.labels(model, request.outcome).inc()
+    _tokens.labels(model, "prompt").inc(request.prompt_tokens)
+    _tokens.labels(model, "cached").inc(request.cached_tokens)
+    _tokens.labels(model, "completion").inc(request.completion_tokens)
+    if request.tpot_s is not None:
+        _tpot.labels(model).observe(request.tpot_s)
+    for direction, seconds in (("in", request.gateway_in_s), ("out", request.gateway_out_s)):
+        if seconds is not None:
+            _gateway.labels(direction).observe(seconds)
+    if request.ttft_s is not None:
+        _ttft.labels(model, "cold" if request.cold else "warm").observe(request.ttft_s)
+        _queue.labels(model).observe(request.phases.queue_s)
+        if request.cold:
+            _observe_cold_start(request)
+
+
+def _observe_cold_start(request: ServedRequest) -> None:
+    _cold_requests.labels(request.model, request.tier.label).inc()
+    for phase in _COLD_PHASES:
+        seconds: float = getattr(request.phases, f"{phase}_s")
+        _cold_phase.labels(request.model, phase).observe(seconds)
+
+
+def observe_refusal(model: str, outcome: str) -> None:
+    """Count a request that was never admitted. model is empty when no such model is deployed."""
+    _requests.labels(model, outcome).inc()
+
+
+def observe_response(status: int) -> None:
+    _responses.labels(str(status)).inc()
+
+
+def forget_model(model: str) -> None:
+    """Drop every series of a deleted model, so that names do not pile up."""
+    for metric in _BY_MODEL:
+        metric.remove_by_labels({"model": model})
+
+
+def render_metrics(models: Iterable[ModelGauges]) -> bytes:
+    """Every metric in Prometheus's text format, the gauges as `models` says."""
+    for gauge in _GAUGES:
+        gauge.clear()
+    for entry in models:
+        _in_flight.labels(entry.model).set(entry.in_flight)
+        _waiting.labels(entry.model).set(entry.waiting)
+        _replicas.labels(entry.model).set(entry.replicas)
+        _dram.labels(entry.model).set(entry.dram_bytes)
+        if entry.kv is not None:
+            for state in ("used", "cached", "free"):
+                _kv.labels(entry.model, state).set(getattr(entry.kv, state))
+    return generate_latest(_registry)
+
+
+def configure_logging(
+    level: Literal["debug", "info", "warning", "error"],
+    style: Literal["auto", "console", "json"] = "auto",
+) -> None:
+    """Send every log line of this process to stderr, ours and the libraries' alike.
+
+    auto: coloured text on a terminal, one JSON object a line elsewhere.
+    """
+    as_text = style == "console" or (style == "auto" and sys.stderr.isatty())
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    threshold = logging.getLevelNamesMapping()[level.upper()]
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.make_filtering_bound_logger(threshold),
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared, processors=_final_processors(as_text=as_text)
+        )
+    )
+    logging.basicConfig(handlers=[handler], level=threshold, force=True)
+
+
+def _final_processors(*, as_text: bool) -> list[structlog.typing.Processor]:
+    """Tracebacks come without local variables, because those hold prompts and keys."""
+    drop_meta = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    if as_text:
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
+        return [drop_meta, renderer]
+    return [
+        drop_meta,
+        structlog.processors.format_exc_info,
+        structlog.processors.JSONRenderer(),
+    ]
