@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from flashserve.types import KVUsage, ModelId, SamplingParams, TensorSlice, TokenOutput
+from flashserve.types import KVUsage, ModelId, SamplingParams, TensorSlice, Tier, TokenOutput
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,6 +64,22 @@ class ModelDescription:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a node finds out about a source before it is deployed; see Node.describe."""
+
+    size_bytes: int
+    identity: str
+    """Of the content: another one means other weights."""
+    directory: str
+    """Holds the checkpoint's files, tokenizer included, on the node."""
+    architecture: str
+    context_tokens: int
+    has_chat_template: bool
+    kv_bytes_per_token: int
+    lowest_tier: Tier = Tier.DISK
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class GenerateJob:
     """One sequence. `emitted_ids` are tokens that another replica produced before it was lost:
     they are not sent again, and the next output has index len(emitted_ids).
@@ -91,15 +107,18 @@ class TokenBatch:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prepare:
-    """A hint to a spare worker: these bytes of the arena and this config may be loaded soon.
+    """A hint to a spare worker: this model in these bytes of the arena may be loaded soon.
 
-    The worker touches the page tables of [offset, offset + num_bytes) through its own mapping and
-    imports the architecture's modelling code, so that a cold start pays for neither.
+    The worker touches the page tables of [offset, offset + num_bytes) through its own mapping,
+    imports the architecture's modelling code and builds the empty module, so that a cold start
+    pays for none of them. num_bytes may be 0: the model was described, not staged.
     """
 
     offset: int
     num_bytes: int
     config: dict[str, Any]
+    tensors: tuple[TensorSlice, ...]
+    """Their types decide the empty module's; offsets are not used."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
