@@ -31,6 +31,7 @@ def print_json(value: Any) -> None:
 
 def print_line(text: str) -> None:
     sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def print_table(

@@ -42,6 +42,9 @@ def deploy(
             show_default=False,
         ),
     ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Take the name over from a model that has it.")
+    ] = False,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
@@ -49,7 +52,9 @@ def deploy(
 
     The checkpoint is checked at once and loaded at the first request.
     """
-    options = {} if keep_alive is None else {"keep_alive_s": keep_alive}
+    options: dict[str, Any] = {"replace": replace}
+    if keep_alive is not None:
+        options["keep_alive_s"] = keep_alive
     with connect(url) as client, console.waiting(f"deploying {name} from {source}"):
         model = client.deploy(name, _absolute(source), options)
     _print_model(model, as_json=as_json)

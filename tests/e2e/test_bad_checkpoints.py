@@ -1,0 +1,71 @@
+"""A checkpoint that cannot be served is refused at deploy, and nobody else notices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.e2e import checkpoints
+from tests.e2e.harness import MODEL, Server
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (checkpoints.truncated, ["model.safetensors"]),
+        (checkpoints.overlapping, ["model.safetensors"]),
+        (checkpoints.out_of_range, ["model.safetensors"]),
+        (checkpoints.endless_header, ["model.safetensors", "9223372036854775808"]),
+        (checkpoints.unsupported_architecture, ["mamba"]),
+        (checkpoints.unsupported_rope, ["dynamic"]),
+        (checkpoints.config_mismatch, ["mlp", "999"]),
+        (checkpoints.missing_layer, ["model.layers.30", "31"]),
+        (checkpoints.remote_code, ["auto_map"]),
+        (checkpoints.broken_config, ["config.json"]),
+        (checkpoints.pickle_only, ["safetensors"]),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_a_damaged_checkpoint_is_refused_in_one_line(
+    server: Server, checkpoint: Path, tmp_path: Path, damage: checkpoints.Damage, named: list[str]
+) -> None:
+    directory = checkpoints.damaged(checkpoint, tmp_path / "bad-model", damage)
+    done = server.cli("deploy", "bad", str(directory))
+    error = error_line(done.stderr)
+    assert done.returncode == 1, done.stdout
+    assert any(word.lower() in error.lower() for word in named), error
+    assert "unexpected" not in error
+    listed = [model["name"] for model in server.admin().get("/admin/v1/models").json()["data"]]
+    assert "bad" not in listed
+    assert "Paris" in server.ask(max_tokens=8)
+
+
+def test_a_missing_directory_is_named(server: Server, tmp_path: Path) -> None:
+    missing = tmp_path / "nothing-here"
+    done = server.cli("deploy", "bad", str(missing))
+    assert done.returncode == 1
+    assert str(missing) in error_line(done.stderr)
+
+
+@pytest.mark.parametrize("source", ["s3://bucket/prefix", "hf://org/name", "gopher://x"])
+def test_a_source_that_is_not_there_yet_is_refused(server: Server, source: str) -> None:
+    done = server.cli("deploy", "bad", source)
+    assert done.returncode == 1
+    assert source.split(":", maxsplit=1)[0] in error_line(done.stderr)
+
+
+def test_a_taken_name_is_refused_and_can_be_replaced(server: Server, checkpoint: Path) -> None:
+    done = server.cli("deploy", MODEL, str(checkpoint))
+    assert done.returncode == 1
+    assert MODEL in error_line(done.stderr)
+    assert server.cli("deploy", MODEL, str(checkpoint), "--replace").returncode == 0
+    assert "Paris" in server.ask(max_tokens=8)
+
+
+def error_line(stderr: str) -> str:
+    """The one line of a failed command, after the line that says what it was doing."""
+    errors = [line for line in stderr.splitlines() if line.startswith("flashserve: error: ")]
+    others = [line for line in stderr.splitlines() if not line.endswith("...")]
+    assert len(errors) == 1, stderr
+    assert others == errors, stderr
+    return errors[0]

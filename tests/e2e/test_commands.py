@@ -1,0 +1,113 @@
+"""The commands against a real server, as a person or a script uses them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.e2e.harness import MODEL, QUESTION, Server, eventually
+
+
+def test_run_prints_the_answer_and_nothing_else(server: Server) -> None:
+    done = server.cli("run", MODEL, QUESTION, "--max-tokens", "8")
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+    assert done.stdout.endswith("\n")
+    assert done.stderr == ""
+
+
+def test_run_json_has_text_usage_and_receipt(server: Server) -> None:
+    answer = json.loads(server.succeed("run", MODEL, QUESTION, "--max-tokens", "8", "--json"))
+    assert "Paris" in answer["text"]
+    assert answer["usage"]["completion_tokens"] <= 8
+    receipt = answer["receipt"]
+    assert receipt["model_id"] == MODEL
+    assert receipt["actual"]["prefill_s"] > 0
+    assert receipt["ttft_s"] <= receipt["total_s"]
+
+
+def test_run_reads_the_prompt_from_standard_input(server: Server) -> None:
+    done = server.cli("run", MODEL, "-", "--max-tokens", "8", stdin=QUESTION)
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+
+
+def test_run_of_an_unknown_model_names_the_deployed_ones(server: Server) -> None:
+    done = server.cli("run", "nobody", QUESTION)
+    assert done.returncode == 1
+    assert done.stderr.startswith("flashserve: error: ")
+    assert MODEL in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_ps_lists_the_models(server: Server) -> None:
+    heading, *rows = server.succeed("ps").splitlines()
+    assert heading.split() == [
+        "name",
+        "state",
+        "tier",
+        "replicas",
+        "in_flight",
+        "dram_bytes",
+        "last_used_s",
+        "reason",
+    ]
+    assert any(row.startswith(MODEL) for row in rows)
+    [model] = [m for m in json.loads(server.succeed("ps", "--json")) if m["name"] == MODEL]
+    assert model["size_bytes"] == 269_060_552
+    assert model["reason"]
+
+
+def test_stage_and_evict_move_the_bytes(server: Server, checkpoint: Path) -> None:
+    name = "team/moved"
+    server.succeed("deploy", name, str(checkpoint))
+    assert server.model(name)["tier"] == "disk"
+    staged = json.loads(server.succeed("stage", name, "--tier", "dram", "--json"))
+    assert staged["tier"] == "dram"
+    assert staged["dram_bytes"] >= staged["size_bytes"]
+    evicted = json.loads(server.succeed("evict", name, "--tier", "dram", "--json"))
+    assert (evicted["tier"], evicted["dram_bytes"]) == ("disk", 0)
+    server.succeed("delete", name)
+    assert name not in server.succeed("ps")
+
+
+def test_a_model_stops_when_its_keep_alive_is_over_and_wakes_again(
+    server: Server, checkpoint: Path
+) -> None:
+    server.succeed("deploy", "nap", str(checkpoint), "--keep-alive", "0.5")
+    first = server.ask(model="nap", max_tokens=8)
+    asleep = eventually(
+        lambda: (model := server.model("nap"))["state"] == "cold" and model, "nap is cold"
+    )
+    assert asleep["tier"] == "dram"
+    assert asleep["replicas"] == 0
+    assert server.ask(model="nap", max_tokens=8) == first
+    server.succeed("delete", "nap")
+
+
+def test_decisions_say_why(server: Server) -> None:
+    with server.admin() as admin:
+        decisions = admin.get("/admin/v1/decisions").json()["data"]
+    assert decisions
+    assert all(decision["reason"] for decision in decisions)
+
+
+def test_a_second_server_on_the_same_directory_is_refused(server: Server) -> None:
+    done = server.cli("serve")
+    assert done.returncode == 1
+    assert str(server.pid) in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_named(server: Server, tmp_path: Path) -> None:
+    port = server.url.rpartition(":")[2].rstrip("/")
+    done = server.cli("serve", "--port", port, "--data-dir", str(tmp_path))
+    assert done.returncode == 1
+    assert port in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_binding_beyond_this_machine_needs_keys(server: Server, tmp_path: Path) -> None:
+    done = server.cli("serve", "--host", "0.0.0.0", "--data-dir", str(tmp_path))
+    assert done.returncode == 1
+    assert "api_keys" in done.stderr
