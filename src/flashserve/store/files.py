@@ -16,7 +16,7 @@ _SHOWN_CHARACTERS = 120
 
 def shown(name: object) -> str:
     """A name out of a hostile file, fit for a one-line message."""
-    text = repr(str(name))
+    text = repr(name)
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…'"
 
 

@@ -41,7 +41,7 @@ DTYPE_BITS: dict[str, int] = {
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
 
-_Size = Annotated[int, msgspec.Meta(ge=0)]
+_Size = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -210,7 +210,7 @@ def _entries(header: bytes, file_index: int, num_bytes: int) -> list[TensorEntry
         if tensor.end > num_bytes:
             raise _DamageError(
                 f"is truncated or damaged: tensor {shown(tensor.name)} ends at byte "
-                f"{shown(tensor.end)}, the file at {num_bytes}"
+                f"{tensor.end}, the file at {num_bytes}"
             )
         if tensor.begin != expected:
             what = "overlaps another" if tensor.begin < expected else "leaves a gap before it"
@@ -256,6 +256,6 @@ def _entry(name: str, value: Any, file_index: int, start: int) -> TensorEntry:
     if math.prod(header.shape) * bits != (end - begin) * 8:
         raise _DamageError(
             f"has a bad header: tensor {shown(name)} of {header.dtype} {shown(header.shape)} "
-            f"cannot take bytes {shown(begin)} to {shown(end)}"
+            f"cannot take bytes {begin} to {end}"
         )
     return TensorEntry(name, header.dtype, header.shape, file_index, start + begin, start + end)
