@@ -1,0 +1,343 @@
+"""The agent of one node: carries out the controller's orders with its store and its workers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import AsyncGenerator, Callable, Coroutine, Hashable, Sequence
+from typing import Any
+
+import structlog
+
+from flashserve.config import Settings
+from flashserve.errors import FlashServeError, InternalError, ReplicaError
+from flashserve.messages.commands import Evict, NodeCommand, Stage, StartReplica, StopReplica
+from flashserve.messages.events import (
+    Evicted,
+    NodeEvent,
+    ReplicaStopped,
+    Staged,
+    StageFailed,
+    WorkersChanged,
+)
+from flashserve.messages.work import (
+    DescribeModel,
+    GenerateJob,
+    ModelDescription,
+    ModelFacts,
+    Prepare,
+    TokenBatch,
+    WorkerStats,
+)
+from flashserve.node.client import ModelResidence, NodeStats
+from flashserve.node.pool import Launcher, Worker, WorkerPool
+from flashserve.node.process import WORKER_COMMAND, threads_per_worker
+from flashserve.node.replica import Replica, staged_events
+from flashserve.node.staging import Operation, StagedModel, StoreQueue
+from flashserve.store.source import open_source
+from flashserve.store.store import Store
+from flashserve.types import ModelId, ModelSpec, NodeId, NodeSpec, ReplicaId, TensorSlice, Tier
+
+_log = structlog.get_logger()
+_STATS_TIMEOUT_S = 2.0
+
+
+class Agent:
+    """A node in this process; see node.client.Node for what it promises.
+
+    Per model, orders are carried out in order; across models, worker slots and arena bytes are
+    claimed in the order of the orders (pool.py, staging.py).
+
+    Args:
+        epoch: of the first `start`; each further one adds 1.
+        store: made from the settings at the first `start` if not given; owned in either case.
+        worker_command: how a worker process is started; tests put another program here.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        node_id: NodeId = NodeId("local"),  # noqa: B008 - a string
+        *,
+        epoch: int = 1,
+        store: Store | None = None,
+        worker_command: Sequence[str] = WORKER_COMMAND,
+    ) -> None:
+        self.spec = NodeSpec(
+            node_id,
+            epoch,
+            settings.node.num_workers,
+            settings.node.dram_bytes,
+            settings.engine.max_batch_sequences,
+        )
+        self._settings = settings
+        self._worker_command = worker_command
+        self._given_store = store
+        self._store: Store
+        self._queue: StoreQueue
+        self._pool: WorkerPool
+        self._is_started = False
+        self._is_closed = False
+        self._on_event: Callable[[NodeEvent], None] = _ignore
+        self._replicas: dict[ReplicaId, Replica] = {}
+        self._models: dict[ModelId, ModelSpec] = {}
+        self._hints: dict[ModelId, Prepare] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self, on_event: Callable[[NodeEvent], None]) -> None:
+        """Also takes the node over from an earlier caller, whose replicas end and who hears no
+        more of it.
+        """
+        if self._is_started:
+            await self._rejoin()
+        else:
+            await self._open()
+            self._is_started = True
+        self._on_event = on_event
+        self._report_workers()
+
+    def execute(self, command: NodeCommand) -> None:
+        if command.epoch != self.spec.epoch or self._is_closed:
+            _log.warning("order_ignored", order=command, epoch=self.spec.epoch)
+            return
+        self._models[command.model.model_id] = command.model
+        match command:
+            case StartReplica():
+                self._start_replica(command)
+            case StopReplica():
+                self._stop_replica(command)
+            case Stage():
+                self._watch(self._stage(command, self._queue.stage(command.model, command.tier)))
+            case Evict():
+                self._watch(self._evict(command, self._evict_operation(command)))
+
+    async def generate(
+        self, replica_id: ReplicaId, job: GenerateJob
+    ) -> AsyncGenerator[TokenBatch, None]:
+        if (replica := self._replicas.get(replica_id)) is None:
+            raise ReplicaError(f"replica {replica_id} is not on this node")
+        stream = replica.stream(job)
+        try:
+            async for batch in stream:
+                yield batch
+        finally:
+            stream.cancel()
+
+    async def describe(self, uri: str) -> ModelFacts:
+        """A spare worker checks that the model can be built; a temporary one if none is spare."""
+        snapshot = await self._queue.run(lambda: self._store.inspect(uri))
+        tensors = tuple(
+            TensorSlice(entry.name, entry.dtype, entry.shape, entry.begin, entry.end - entry.begin)
+            for entry in snapshot.layout.tensors
+        )
+        description = await self._description(DescribeModel(snapshot.config, tensors))
+        hint = Prepare(0, 0, snapshot.config, tensors)
+        for worker in self._pool.spare:
+            worker.channel.notify("prepare", hint)
+        return ModelFacts(
+            size_bytes=snapshot.size_bytes,
+            identity=snapshot.identity,
+            directory=str(snapshot.directory),
+            architecture=description.architecture,
+            context_tokens=description.context_tokens,
+            has_chat_template=snapshot.chat_template is not None,
+            kv_bytes_per_token=description.kv_bytes_per_token,
+            lowest_tier=open_source(uri, self._settings.data_dir).lowest_tier,
+        )
+
+    async def stats(self) -> NodeStats:
+        models = dict(self._models)
+        return NodeStats(
+            dram=self._store.usage(),
+            models=await self._queue.run(
+                lambda: {
+                    model_id: ModelResidence(
+                        self._store.tier(model), self._store.dram_bytes(model_id)
+                    )
+                    for model_id, model in models.items()
+                }
+            ),
+            replicas=await self._replica_stats(),
+        )
+
+    async def close(self, grace_s: float) -> None:
+        """Leaves no process, thread or memory. Workers get grace_s to end by themselves."""
+        if self._is_closed or not self._is_started:
+            self._is_closed = True
+            return
+        self._is_closed = True
+        self._on_event = _ignore
+        ending = [self._end(replica) for replica in self._replicas.values()]
+        if ending:
+            await asyncio.wait(ending, timeout=grace_s)
+        await self._pool.close(grace_s)
+        await asyncio.to_thread(self._store.close)
+        await asyncio.gather(*ending)
+        await self._queue.close()
+        await asyncio.gather(*self._tasks)
+
+    async def _open(self) -> None:
+        node = self._settings.node
+        if self._given_store is None:
+            self._store = await asyncio.to_thread(
+                Store, self._settings.data_dir, node.dram_bytes, node.prefault
+            )
+        else:
+            self._store = self._given_store
+        self._queue = StoreQueue(self._store)
+        self.spec = dataclasses.replace(self.spec, dram_bytes=self._store.usage().total)
+        arena = self._store.arena
+        self._pool = WorkerPool(
+            Launcher(
+                arena.fd,
+                arena.num_bytes,
+                threads_per_worker(node),
+                self._settings.engine,
+                self._worker_command,
+            ),
+            node.num_workers,
+            on_ready=lambda _: self._report_workers(),
+            on_spare=self._hint_spare,
+            on_lost=self._worker_lost,
+        )
+        self._pool.start()
+
+    async def _rejoin(self) -> None:
+        self._on_event = _ignore
+        self.spec = dataclasses.replace(self.spec, epoch=self.spec.epoch + 1)
+        await asyncio.gather(*(self._end(replica) for replica in list(self._replicas.values())))
+
+    # Orders
+
+    def _start_replica(self, order: StartReplica) -> None:
+        if known := self._replicas.get(order.replica_id):
+            if known.ready is not None and not known.is_ending:
+                self._emit(known.ready)
+            return
+        replica = Replica(order, self._pool, self._queue, self._emit, self._hint_all)
+        self._replicas[order.replica_id] = replica
+        replica.task.add_done_callback(lambda _: self._replicas.pop(order.replica_id))
+
+    def _stop_replica(self, order: StopReplica) -> None:
+        if replica := self._replicas.get(order.replica_id):
+            replica.stop()
+        else:
+            self._emit(ReplicaStopped(order.node_id, order.replica_id, order.model.model_id))
+
+    async def _stage(self, order: Stage, operation: Operation[StagedModel]) -> None:
+        model_id = order.model.model_id
+        try:
+            staged = await operation.result()
+        except Exception as error:
+            self._stage_failed(order, error)
+            return
+        events = staged_events(order.node_id, order.model, staged.report)
+        if not events:  # the bytes were there, or a tier below DRAM was wanted
+            fetch_s = staged.report.fetch_s if order.tier is Tier.DISK else 0.0
+            events = [Staged(order.node_id, model_id, order.tier, 0, fetch_s)]
+        for event in events:
+            self._emit(event)
+        if staged.hint is not None:
+            self._hint_all(model_id, staged.hint)
+
+    def _evict_operation(self, order: Evict) -> Operation[int]:
+        """After the model's replicas that are ending: they hold leases until they have ended."""
+        model_id = order.model.model_id
+        ending = [
+            replica.task
+            for replica in self._replicas.values()
+            if replica.is_ending and replica.order.model.model_id == model_id
+        ]
+        return self._queue.evict(order.model, order.tier, ending)
+
+    async def _evict(self, order: Evict, operation: Operation[int]) -> None:
+        try:
+            await operation.result()
+        except Exception as error:
+            self._stage_failed(order, error)
+            return
+        if hint := self._hints.pop(order.model.model_id, None):
+            for worker in self._pool.ready:
+                worker.hinted.discard(_hint_key(order.model.model_id, hint))
+        self._emit(Evicted(order.node_id, order.model.model_id, order.tier))
+
+    def _stage_failed(self, order: Stage | Evict, error: Exception) -> None:
+        """An order for a tier that could not be carried out, whichever direction it had."""
+        if not isinstance(error, FlashServeError):
+            _log.error("store_failed", order=order, exc_info=error)
+            error = InternalError(f"the store failed: {type(error).__name__}: {error}")
+        self._emit(
+            StageFailed(order.node_id, order.model.model_id, order.tier, error.code, error.message)
+        )
+
+    def _end(self, replica: Replica) -> asyncio.Task[None]:
+        replica.stop()
+        return replica.task
+
+    # Workers
+
+    def _worker_lost(self, worker: Worker) -> None:
+        reason = f"worker {worker.name} (process {worker.process.pid}) ended unexpectedly"
+        for replica in list(self._replicas.values()):
+            if replica.worker is worker:
+                replica.worker_lost(reason)
+        self._report_workers()
+
+    def _report_workers(self) -> None:
+        self._emit(WorkersChanged(self.spec.node_id, self._pool.num_ready))
+
+    def _hint_all(self, model_id: ModelId, hint: Prepare) -> None:
+        """Spare workers prepare for the model now, the others when they are spare again."""
+        self._hints[model_id] = hint
+        for worker in self._pool.spare:
+            self._send_hint(worker, model_id, hint)
+
+    def _hint_spare(self, worker: Worker) -> None:
+        for model_id, hint in self._hints.items():
+            self._send_hint(worker, model_id, hint)
+
+    def _send_hint(self, worker: Worker, model_id: ModelId, hint: Prepare) -> None:
+        key = _hint_key(model_id, hint)
+        if key not in worker.hinted:
+            worker.hinted.add(key)
+            worker.channel.notify("prepare", hint)
+
+    async def _description(self, order: DescribeModel) -> ModelDescription:
+        await self._pool.wait_any_ready()
+        if spare := self._pool.spare:
+            return await spare[-1].channel.call("describe", order, ModelDescription)
+        async with self._pool.temporary() as worker:
+            return await worker.channel.call("describe", order, ModelDescription)
+
+    async def _replica_stats(self) -> dict[ReplicaId, WorkerStats]:
+        async def ask(replica: Replica) -> WorkerStats | None:
+            with contextlib.suppress(FlashServeError):  # gone or stuck: it has no numbers
+                worker = replica.worker
+                if replica.ready is not None and worker is not None:
+                    return await worker.channel.call("stats", None, WorkerStats, _STATS_TIMEOUT_S)
+            return None
+
+        replicas = dict(self._replicas)
+        answers = await asyncio.gather(*(ask(replica) for replica in replicas.values()))
+        return {
+            replica_id: answer
+            for replica_id, answer in zip(replicas, answers, strict=True)
+            if answer is not None
+        }
+
+    def _emit(self, event: NodeEvent) -> None:
+        self._on_event(event)
+
+    def _watch(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _ignore(event: NodeEvent) -> None:
+    """Events before somebody listens, or after nobody does."""
+
+
+def _hint_key(model_id: ModelId, hint: Prepare) -> Hashable:
+    return model_id, hint.offset, hint.num_bytes

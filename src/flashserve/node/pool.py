@@ -1,0 +1,285 @@
+"""The workers of a node: kept alive, handed out in the order in which they were asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import itertools
+import socket
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+
+import structlog
+
+from flashserve.config import EngineSettings
+from flashserve.errors import FlashServeError, ReplicaError, UnavailableError, WireError
+from flashserve.messages import wire
+from flashserve.messages.wire import Frame, Notice
+from flashserve.messages.work import WorkerReady
+from flashserve.node.channel import Channel, open_channel
+from flashserve.node.process import WORKER_COMMAND, WorkerProcess, spawn, worker_arguments
+
+_log = structlog.get_logger()
+
+_START_TIMEOUT_S = 300.0
+_SETTLED_S = 10.0
+"""A worker that lived so long past its start did not die at once."""
+_MAX_BACKOFF_S = 30.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Launcher:
+    """How this node starts a worker. arena_fd stays open here for as long as workers start."""
+
+    arena_fd: int
+    arena_bytes: int
+    num_threads: int
+    settings: EngineSettings
+    command: Sequence[str] = WORKER_COMMAND
+
+    def launch(self, name: str) -> Worker:
+        """Starts a worker, which is not ready yet. Call it on the main thread (process.py).
+
+        Raises:
+            OSError: the process cannot be started.
+        """
+        process, sock = spawn(
+            name,
+            lambda fd: worker_arguments(
+                self.command,
+                fd,
+                (self.arena_fd, self.arena_bytes),
+                self.num_threads,
+                self.settings,
+            ),
+            (self.arena_fd,),
+            self.num_threads,
+        )
+        return Worker(name, process, sock)
+
+
+class Worker:
+    """One worker process, from its start until it is reaped."""
+
+    def __init__(self, name: str, process: WorkerProcess, sock: socket.socket) -> None:
+        self.name = name
+        self.process = process
+        self.hinted: set[Hashable] = set()
+        """Keys of the hints that it was sent; see agent.py."""
+        self.on_gone: Callable[[Worker], None] | None = None
+        loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[WorkerReady] = loop.create_future()
+        self._gone: asyncio.Future[None] = loop.create_future()
+        self.channel = Channel(f"worker {name}", self._frame, self._closed)
+        self._connecting = asyncio.create_task(self._connect(sock))
+
+    @property
+    def is_alive(self) -> bool:
+        return not self._gone.done()
+
+    async def wait_ready(self) -> WorkerReady:
+        """Raises ReplicaError when it ends before, UnavailableError when it takes too long."""
+        await asyncio.shield(self._connecting)
+        waited = (self._ready, self._gone)
+        await asyncio.wait(waited, timeout=_START_TIMEOUT_S, return_when="FIRST_COMPLETED")
+        if self._ready.done():
+            return self._ready.result()
+        if self._gone.done():
+            raise ReplicaError(f"worker {self.name} ended before it was ready")
+        raise UnavailableError(f"worker {self.name} was not ready in {_START_TIMEOUT_S:g} s")
+
+    async def wait_gone(self) -> None:
+        await asyncio.shield(self._gone)
+
+    async def reap(self) -> int:
+        """Kills what is left of it; returns the exit status once nothing is."""
+        await asyncio.shield(self._connecting)
+        self.channel.close()
+        self.process.kill()
+        status = await self.process.wait()
+        await self.process.finish_output()
+        await self.channel.wait_closed()
+        return status
+
+    async def stop(self, grace_s: float) -> int:
+        """Closing its connection makes a ready worker exit; the others are killed."""
+        await asyncio.shield(self._connecting)
+        self.channel.close()
+        if self._ready.done():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(grace_s):
+                    await self.process.wait()
+        return await self.reap()
+
+    async def _connect(self, sock: socket.socket) -> None:
+        await self.process.read_output()
+        await open_channel(sock, self.channel)
+
+    def _frame(self, frame: Frame) -> None:
+        if isinstance(frame, Notice) and frame.method == "ready":
+            if not self._ready.done():
+                self._ready.set_result(wire.unpack(frame.body, WorkerReady))
+        else:
+            raise WireError(f"worker {self.name} sent an unexpected {type(frame).__name__}")
+
+    def _closed(self, error: FlashServeError | None) -> None:
+        if error is not None:
+            _log.warning("worker_connection_failed", worker=self.name, error=error.message)
+        self._gone.set_result(None)
+        if self.on_gone is not None:
+            self.on_gone(self)
+
+
+class WorkerPool:
+    """Keeps `size` workers. A claim is answered in order; a dead worker is replaced.
+
+    Args:
+        on_ready: a worker became ready; the number ready now follows.
+        on_spare: a worker has nothing to do and nobody waits for it.
+        on_lost: a ready worker ended by itself; called at once, before it is reaped.
+    """
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        size: int,
+        *,
+        on_ready: Callable[[Worker], None],
+        on_spare: Callable[[Worker], None],
+        on_lost: Callable[[Worker], None],
+    ) -> None:
+        self._launcher = launcher
+        self._size = size
+        self._on_ready = on_ready
+        self._on_spare = on_spare
+        self._on_lost = on_lost
+        self._names = itertools.count()
+        self._claims: collections.deque[asyncio.Future[Worker]] = collections.deque()
+        self._spare: list[Worker] = []
+        self._ready: set[Worker] = set()
+        self._all: set[Worker] = set()
+        self._keepers: list[asyncio.Task[None]] = []
+        self._first_ready = asyncio.Event()
+
+    @property
+    def num_ready(self) -> int:
+        return len(self._ready)
+
+    @property
+    def ready(self) -> frozenset[Worker]:
+        return frozenset(self._ready)
+
+    @property
+    def spare(self) -> tuple[Worker, ...]:
+        return tuple(self._spare)
+
+    def start(self) -> None:
+        self._keepers = [asyncio.create_task(self._keep(slot)) for slot in range(self._size)]
+
+    def claim(self) -> asyncio.Future[Worker]:
+        """A worker for one replica, as soon as those who asked before have theirs."""
+        claim: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
+        self._claims.append(claim)
+        self._assign()
+        return claim
+
+    def release(self, claim: asyncio.Future[Worker]) -> None:
+        """Gives a claim back, answered or not. Its worker, if alive, must be empty again."""
+        if not claim.done():
+            claim.cancel()
+        elif not claim.cancelled() and (worker := claim.result()) in self._ready:
+            self._add_spare(worker)
+
+    @contextlib.asynccontextmanager
+    async def temporary(self) -> AsyncIterator[Worker]:
+        """A ready worker beyond the pool's size, for as long as the context lasts.
+
+        Raises:
+            UnavailableError: it did not start.
+        """
+        worker = self._launcher.launch(f"temporary-{next(self._names)}")
+        self._all.add(worker)
+        try:
+            await worker.wait_ready()
+            yield worker
+        finally:
+            await worker.stop(grace_s=0.0)
+            self._all.discard(worker)
+
+    async def wait_any_ready(self) -> None:
+        """Returns once some worker has become ready, at once when one had before."""
+        await self._first_ready.wait()
+
+    async def close(self, grace_s: float) -> None:
+        """Ends every worker; none is left when it returns."""
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        for worker in self._all:
+            worker.on_gone = None
+        await asyncio.gather(*[worker.stop(grace_s) for worker in self._all])
+        self._all.clear()
+        self._ready.clear()
+        self._spare.clear()
+
+    async def _keep(self, slot: int) -> None:
+        """Keeps one worker alive: starts it, waits for its end, starts the next."""
+        failures = 0
+        while True:
+            try:
+                lived_s = await self._run_one(f"{slot}-{next(self._names)}")
+            except OSError as error:
+                _log.error("worker_not_started", slot=slot, error=str(error))
+                lived_s = 0.0
+            failures = 0 if lived_s >= _SETTLED_S else failures + 1
+            if failures > 1:
+                await asyncio.sleep(min(_MAX_BACKOFF_S, 0.25 * 2**failures))
+
+    async def _run_one(self, name: str) -> float:
+        """One worker from start to end; returns for how many seconds it was ready."""
+        loop = asyncio.get_running_loop()
+        worker = self._launcher.launch(name)
+        self._all.add(worker)
+        worker.on_gone = self._gone
+        ready_at = None
+        try:
+            await worker.wait_ready()
+            ready_at = loop.time()
+            self._became_ready(worker)
+            await worker.wait_gone()
+        except FlashServeError as error:
+            _log.error("worker_not_ready", worker=name, error=error.message)
+        lived_s = loop.time() - ready_at if ready_at is not None else 0.0
+        status = await worker.reap()
+        self._all.discard(worker)
+        _log.warning(
+            "worker_ended", worker=name, status=status, last_lines=worker.process.last_lines
+        )
+        return lived_s
+
+    def _became_ready(self, worker: Worker) -> None:
+        if worker.is_alive:
+            self._ready.add(worker)
+            self._first_ready.set()
+            self._on_ready(worker)
+            self._add_spare(worker)
+
+    def _gone(self, worker: Worker) -> None:
+        if worker in self._ready:
+            self._ready.discard(worker)
+            if worker in self._spare:
+                self._spare.remove(worker)
+            self._on_lost(worker)
+
+    def _add_spare(self, worker: Worker) -> None:
+        self._spare.append(worker)
+        self._assign()
+        if worker in self._spare:
+            self._on_spare(worker)
+
+    def _assign(self) -> None:
+        while self._claims and (self._claims[0].done() or self._spare):
+            claim = self._claims.popleft()
+            if not claim.done():
+                claim.set_result(self._spare.pop(0))

@@ -1,0 +1,178 @@
+"""The life of one replica on a node, from the order to start it until its worker is free again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from types import NoneType
+
+import structlog
+
+from flashserve.errors import FlashServeError, InternalError, ReplicaError
+from flashserve.messages.commands import StartReplica
+from flashserve.messages.events import (
+    NodeEvent,
+    ReplicaFailed,
+    ReplicaLost,
+    ReplicaReady,
+    ReplicaStopped,
+    Staged,
+)
+from flashserve.messages.work import GenerateJob, LoadReport, Prepare, TokenBatch
+from flashserve.node.channel import ItemStream
+from flashserve.node.pool import Worker, WorkerPool
+from flashserve.node.staging import HeldModel, Operation, StoreQueue
+from flashserve.store.store import StageReport
+from flashserve.types import ModelId, ModelSpec, NodeId, Phases, ReplicaId, Tier
+
+_log = structlog.get_logger()
+_UNLOAD_TIMEOUT_S = 60.0
+
+
+class Replica:
+    """Its claims on a worker and on arena bytes are made at once, so they follow the orders.
+
+    Exactly one of ReplicaStopped, ReplicaFailed and ReplicaLost is its last event. The lease is
+    given back when the worker has confirmed that it holds the model no more, or has died.
+
+    Args:
+        emit: takes every event.
+        on_staged: the model is in DRAM; spare workers may prepare for it.
+    """
+
+    def __init__(
+        self,
+        order: StartReplica,
+        pool: WorkerPool,
+        store: StoreQueue,
+        emit: Callable[[NodeEvent], None],
+        on_staged: Callable[[ModelId, Prepare], None],
+    ) -> None:
+        self.order = order
+        self.ready: ReplicaReady | None = None
+        self._pool = pool
+        self._emit = emit
+        self._on_staged = on_staged
+        self._ordered_at = time.monotonic()
+        self._claim = pool.claim()
+        self._operation: Operation[HeldModel] = store.hold(order.model)
+        self._was_told_to_load = False
+        self._ended: asyncio.Future[NodeEvent | None] = asyncio.get_running_loop().create_future()
+        """Its last event; None when that was sent already."""
+        self.task = asyncio.create_task(self._run())
+
+    @property
+    def is_ending(self) -> bool:
+        return self._ended.done()
+
+    @property
+    def worker(self) -> Worker | None:
+        """The worker that it has claimed, dead or alive."""
+        claim = self._claim
+        return claim.result() if claim.done() and not claim.cancelled() else None
+
+    def stop(self) -> None:
+        """Ends it, whatever it is doing; ReplicaStopped follows. Harmless when it is ending."""
+        self._end(ReplicaStopped(*self._names()))
+
+    def worker_lost(self, reason: str) -> None:
+        """Its worker has died; says so at once, before the worker is reaped."""
+        if not self.is_ending:
+            self._emit(ReplicaLost(*self._names(), reason))
+            self._end(None)
+
+    def stream(self, job: GenerateJob) -> ItemStream[TokenBatch]:
+        """Starts a sequence. Raises ReplicaError when the replica is not ready."""
+        if self.ready is None or self.is_ending or self.worker is None:
+            raise ReplicaError(f"replica {self.order.replica_id} is not ready")
+        return self.worker.channel.stream("generate", job, TokenBatch)
+
+    async def _run(self) -> None:
+        starting = asyncio.create_task(self._start())
+        await asyncio.wait((starting, self._ended), return_when=asyncio.FIRST_COMPLETED)
+        if not self.is_ending:
+            self._started(starting)
+        last = await self._ended
+        starting.cancel()
+        await asyncio.wait((starting,))
+        if not starting.cancelled():
+            starting.exception()  # one that came together with the end says nothing new
+        await self._give_back()
+        if last is not None:
+            self._emit(last)
+
+    def _started(self, starting: asyncio.Task[ReplicaReady]) -> None:
+        """The start has come to its end, good or bad."""
+        match starting.exception():
+            case None:
+                self.ready = starting.result()
+                self._emit(self.ready)
+            case FlashServeError(code=code, message=message):
+                self._end(ReplicaFailed(*self._names(), code, message))
+            case error:
+                _log.error("replica_not_started", replica=self.order.replica_id, exc_info=error)
+                message = f"starting failed: {type(error).__name__}: {error}"
+                self._end(ReplicaFailed(*self._names(), InternalError.code, message))
+
+    async def _start(self) -> ReplicaReady:
+        held = await self._operation.result()
+        report = held.report
+        self._report_staging(held)
+        worker = await asyncio.shield(self._claim)
+        told_at = time.monotonic()
+        self._was_told_to_load = True
+        loaded = await worker.channel.call("load", held.order, LoadReport)
+        now = time.monotonic()
+        phases = Phases(
+            place_s=max(0.0, told_at - self._ordered_at - report.fetch_s - report.dram_s),
+            fetch_s=report.fetch_s,
+            dram_s=report.dram_s,
+            device_s=loaded.device_s,
+            init_s=max(0.0, now - told_at - loaded.device_s),
+        )
+        return ReplicaReady(*self._names(), phases)
+
+    def _report_staging(self, held: HeldModel) -> None:
+        for event in staged_events(self.order.node_id, self.order.model, held.report):
+            self._emit(event)
+        self._on_staged(self.order.model.model_id, held.hint)
+
+    async def _give_back(self) -> None:
+        if (worker := self.worker) and self._was_told_to_load:
+            await _empty(worker)
+        self._operation.abandon(lambda held: held.lease.release())
+        self._pool.release(self._claim)
+
+    def _end(self, last: NodeEvent | None) -> None:
+        if not self._ended.done():
+            self._ended.set_result(last)
+
+    def _names(self) -> tuple[NodeId, ReplicaId, ModelId]:
+        return self.order.node_id, self.order.replica_id, self.order.model.model_id
+
+
+async def _empty(worker: Worker) -> None:
+    """Returns when the worker holds no model: it has said so, or it is dead."""
+    if worker.is_alive:
+        try:
+            await worker.channel.call("unload", None, NoneType, timeout_s=_UNLOAD_TIMEOUT_S)
+        except FlashServeError as error:
+            _log.warning("worker_not_emptied", worker=worker.name, error=error.message)
+            worker.process.kill()
+        else:
+            return
+    await worker.wait_gone()
+    await worker.process.wait()
+
+
+def staged_events(node_id: NodeId, model: ModelSpec, report: StageReport) -> list[Staged]:
+    """One event for each tier that bytes were moved into, with what it took."""
+    if not report.num_bytes:
+        return []
+    moved = [(Tier.DRAM, report.dram_s)]
+    if model.lowest_tier is Tier.REMOTE:
+        moved.insert(0, (Tier.DISK, report.fetch_s))
+    return [
+        Staged(node_id, model.model_id, tier, report.num_bytes, seconds) for tier, seconds in moved
+    ]

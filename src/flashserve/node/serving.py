@@ -1,0 +1,234 @@
+"""What a worker process does all day: answer frames, step the engine, send its tokens.
+
+One thread, one loop. It sleeps in `poll` when there is nothing to do, looks at the socket without
+waiting between two steps, and uses idle time to prepare for models that may come.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from typing import Any, Protocol
+
+from flashserve.errors import FlashServeError, InputError, InternalError, ReplicaError
+from flashserve.messages import wire
+from flashserve.messages.wire import Call, Cancel, Credit, End, Fault, Frame, Item, Notice, Reply
+from flashserve.messages.work import (
+    DescribeModel,
+    GenerateJob,
+    LoadModel,
+    LoadReport,
+    ModelDescription,
+    Prepare,
+    TokenBatch,
+    WorkerReady,
+    WorkerStats,
+)
+from flashserve.node.link import Link
+from flashserve.types import KVUsage, TokenOutput
+
+_log = logging.getLogger(__name__)
+
+
+class BatchingEngine(Protocol):
+    """What serving needs of an engine; see engine/engine.py."""
+
+    def add(self, job: GenerateJob) -> None: ...
+    def abort(self, sequence_id: str) -> None: ...
+    def step(self) -> list[tuple[str, TokenOutput]]: ...
+    def kv_usage(self) -> KVUsage: ...
+    @property
+    def has_work(self) -> bool: ...
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+
+
+class Host(Protocol):
+    """Makes and frees the one model of a worker; see node/hosting.py."""
+
+    @property
+    def engine(self) -> BatchingEngine | None: ...
+    def load(self, order: LoadModel) -> LoadReport: ...
+    def unload(self) -> None: ...
+    def describe(self, order: DescribeModel) -> ModelDescription: ...
+    def prepare(self, hint: Prepare) -> None: ...
+    def work_ahead(self) -> bool:
+        """Does one short piece of what `prepare` asked for; False when nothing is left."""
+
+
+class EngineUnusableError(Exception):
+    """After a failed step the engine could not be brought back to an empty state."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Stream:
+    call_id: int
+    sequence_id: str
+    added_at: float | None
+    credit: int = wire.INITIAL_CREDIT
+    pending: list[TokenOutput] = dataclasses.field(default_factory=list)
+    finished: bool = False
+
+
+class Serving:
+    """The loop of one worker over its link to the agent."""
+
+    def __init__(self, link: Link, host: Host, ready: WorkerReady) -> None:
+        self._link = link
+        self._host = host
+        self._ready = ready
+        self._streams: dict[int, _Stream] = {}
+        self._sequences: dict[str, _Stream] = {}
+        self._may_work_ahead = False
+
+    def run(self) -> None:
+        """Serves until the agent closes the connection.
+
+        Raises:
+            ConnectionError: the agent is gone.
+            EngineUnusableError: see there; the process should end.
+            WireError: the agent sent something that is no frame.
+        """
+        self._link.send(Notice("ready", wire.pack(self._ready)))
+        while True:
+            for frame in self._link.poll(self._patience_s()):
+                self._handle(frame)
+            engine = self._host.engine
+            if engine is not None and engine.has_work:
+                self._step(engine)
+            elif engine is None and self._may_work_ahead:
+                self._may_work_ahead = self._host.work_ahead()
+
+    def _patience_s(self) -> float | None:
+        engine = self._host.engine
+        busy = self._may_work_ahead if engine is None else engine.has_work
+        return 0.0 if busy else None
+
+    def _handle(self, frame: Frame) -> None:
+        match frame:
+            case Call(call_id, method, body):
+                self._call(call_id, method, body)
+            case Credit(call_id, num_items):
+                if stream := self._streams.get(call_id):
+                    stream.credit += num_items
+                    self._send_tokens(stream)
+            case Cancel(call_id):
+                if stream := self._streams.get(call_id):
+                    self._abort(stream)
+                    self._link.send(End(call_id))
+            case Notice("prepare", body):
+                self._host.prepare(wire.unpack(body, Prepare))
+                self._may_work_ahead = True
+            case _:
+                _log.warning("unexpected frame %s", type(frame).__name__)
+
+    def _call(self, call_id: int, method: str, body: Any) -> None:
+        """Answers a call; whatever goes wrong in it becomes its Fault."""
+        try:
+            if method == "generate":
+                self._generate(call_id, wire.unpack(body, GenerateJob))
+            else:
+                self._link.send(Reply(call_id, wire.pack(self._answer(method, body))))
+        except FlashServeError as error:
+            self._link.send(Fault(call_id, error.code, error.message))
+        except Exception as error:
+            _log.exception("%s failed", method)
+            self._link.send(Fault(call_id, InternalError.code, _describe_error(method, error)))
+
+    def _answer(self, method: str, body: Any) -> object:
+        match method:
+            case "load":
+                return self._host.load(wire.unpack(body, LoadModel))
+            case "unload":
+                self._unload()
+                return None
+            case "describe":
+                return self._host.describe(wire.unpack(body, DescribeModel))
+            case "stats":
+                return self._stats()
+            case _:
+                raise InputError(f"a worker has no method {method}")
+
+    def _generate(self, call_id: int, job: GenerateJob) -> None:
+        engine = self._host.engine
+        if engine is None:
+            raise ReplicaError("the worker holds no model")
+        if job.sequence_id in self._sequences:
+            raise InputError(f"sequence {job.sequence_id} is already running")
+        engine.add(job)
+        stream = _Stream(call_id, job.sequence_id, time.monotonic())
+        self._streams[call_id] = stream
+        self._sequences[job.sequence_id] = stream
+
+    def _unload(self) -> None:
+        for stream in list(self._streams.values()):
+            self._abort(stream)
+            self._link.send(Fault(stream.call_id, ReplicaError.code, "the replica was stopped"))
+        self._host.unload()
+        self._may_work_ahead = True
+
+    def _stats(self) -> WorkerStats:
+        if (engine := self._host.engine) is None:
+            return WorkerStats(KVUsage(), 0, 0)
+        return WorkerStats(engine.kv_usage(), engine.num_running, engine.num_waiting)
+
+    def _step(self, engine: BatchingEngine) -> None:
+        try:
+            outputs = engine.step()
+        except Exception as error:
+            _log.exception("a step failed; its sequences end")
+            self._fail_all(engine, _describe_error("step", error))
+            return
+        touched: dict[int, _Stream] = {}
+        for sequence_id, token in outputs:
+            if stream := self._sequences.get(sequence_id):
+                stream.pending.append(token)
+                stream.finished = token.finish_reason is not None
+                touched[stream.call_id] = stream
+        for stream in touched.values():
+            self._send_tokens(stream)
+
+    def _send_tokens(self, stream: _Stream) -> None:
+        """Sends what is pending as one item, if there is credit for it."""
+        if stream.pending and stream.credit > 0:
+            batch = TokenBatch(tuple(stream.pending), stream.added_at)
+            self._link.send(Item(stream.call_id, wire.pack(batch)))
+            stream.pending.clear()
+            stream.added_at = None
+            stream.credit -= 1
+        if stream.finished and not stream.pending:
+            self._forget(stream)
+            self._link.send(End(stream.call_id))
+
+    def _fail_all(self, engine: BatchingEngine, message: str) -> None:
+        """Ends every sequence with a Fault, and makes sure that the engine is empty again."""
+        streams = list(self._streams.values())
+        try:
+            for stream in streams:
+                self._abort(stream)
+            is_empty = not engine.has_work and engine.kv_usage().used == 0
+        except Exception as error:
+            raise EngineUnusableError(
+                f"{message}; then {_describe_error('abort', error)}"
+            ) from error
+        if not is_empty:
+            raise EngineUnusableError(f"{message}; its memory did not come back")
+        for stream in streams:
+            self._link.send(Fault(stream.call_id, InternalError.code, message))
+
+    def _abort(self, stream: _Stream) -> None:
+        self._forget(stream)
+        if self._host.engine is not None and not stream.finished:
+            self._host.engine.abort(stream.sequence_id)
+
+    def _forget(self, stream: _Stream) -> None:
+        del self._streams[stream.call_id]
+        del self._sequences[stream.sequence_id]
+
+
+def _describe_error(what: str, error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f"{what} failed: {type(error).__name__}: {lines[0] if lines else ''}"

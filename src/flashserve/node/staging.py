@@ -1,0 +1,146 @@
+"""Puts the blocking store behind the event loop, and its operations in the order of the orders.
+
+Per model strictly in order. Across models, whatever needs room waits for every eviction that was
+ordered before it, so that `Evict(B)` then `StartReplica(C)` gives B's bytes to C.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import concurrent.futures
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar
+
+from flashserve.messages.work import LoadModel, Prepare
+from flashserve.store.store import Lease, StageReport, Store
+from flashserve.types import ModelId, ModelSpec, Tier
+
+T = TypeVar("T")
+_NUM_THREADS = 4
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StagedModel:
+    """hint: what a spare worker may prepare with; None below the DRAM tier."""
+
+    report: StageReport
+    hint: Prepare | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HeldModel:
+    """A model whose bytes are in DRAM and stay there until `lease` is released."""
+
+    report: StageReport
+    hint: Prepare
+    lease: Lease
+    order: LoadModel
+
+
+class Operation(Generic[T]):
+    """One operation of the store: waiting for earlier ones, running in a thread, or done."""
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[T]
+        self.is_running = False
+
+    async def result(self) -> T:
+        """Waiting for it can be cancelled without ending it."""
+        return await asyncio.shield(self.task)
+
+    def abandon(self, undo: Callable[[T], None]) -> None:
+        """Nobody wants it any more: never starts it, or undoes it once it has come to its end."""
+        if not self.is_running:
+            self.task.cancel()
+
+        def ended(task: asyncio.Task[T]) -> None:
+            if not task.cancelled() and task.exception() is None:
+                undo(task.result())
+
+        if self.task.done():
+            ended(self.task)
+        else:
+            self.task.add_done_callback(ended)
+
+
+class StoreQueue:
+    """The store's operations, each in a thread, in order."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._executor = concurrent.futures.ThreadPoolExecutor(_NUM_THREADS, "store")
+        self._of_model: collections.defaultdict[ModelId, set[asyncio.Task[Any]]]
+        self._of_model = collections.defaultdict(set)
+        self._evictions: set[asyncio.Task[Any]] = set()
+
+    def stage(self, model: ModelSpec, tier: Tier) -> Operation[StagedModel]:
+        """Brings the model up to `tier`."""
+        return self._submit(model, lambda: self._stage(model, tier), self._evictions)
+
+    def hold(self, model: ModelSpec) -> Operation[HeldModel]:
+        """Brings the model into DRAM and leases it there."""
+        return self._submit(model, lambda: self._hold(model), self._evictions)
+
+    def evict(
+        self, model: ModelSpec, tier: Tier, after: Iterable[asyncio.Task[Any]]
+    ) -> Operation[int]:
+        """Frees the model's bytes in `tier` and above once the tasks of `after` are done."""
+        operation = self._submit(
+            model, lambda: self._store.evict(model.model_id, tier), (*self._evictions, *after)
+        )
+        self._evictions.add(operation.task)
+        operation.task.add_done_callback(self._evictions.discard)
+        return operation
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Something that needs no order, in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+    async def close(self) -> None:
+        """Waits for what runs; what has not started is dropped."""
+        for tasks in list(self._of_model.values()):
+            for task in list(tasks):
+                task.cancel()
+        await asyncio.to_thread(self._executor.shutdown, wait=True, cancel_futures=True)
+
+    def _stage(self, model: ModelSpec, tier: Tier) -> StagedModel:
+        report = self._store.stage(model, tier)
+        if tier is not Tier.DRAM:
+            return StagedModel(report, None)
+        with self._store.lease(model.model_id) as lease:
+            return StagedModel(report, _hint(lease))
+
+    def _hold(self, model: ModelSpec) -> HeldModel:
+        report = self._store.stage(model, Tier.DRAM)
+        lease = self._store.lease(model.model_id)
+        snapshot = lease.snapshot
+        order = LoadModel(
+            model.model_id, snapshot.config, snapshot.generation_config, lease.tensors
+        )
+        return HeldModel(report, _hint(lease), lease, order)
+
+    def _submit(
+        self, model: ModelSpec, work: Callable[[], T], after: Iterable[asyncio.Task[Any]]
+    ) -> Operation[T]:
+        same_model = self._of_model[model.model_id]
+        operation: Operation[T] = Operation()
+        operation.task = asyncio.create_task(
+            self._run_after(operation, work, {*same_model, *after})
+        )
+        same_model.add(operation.task)
+        operation.task.add_done_callback(same_model.discard)
+        return operation
+
+    async def _run_after(
+        self, operation: Operation[T], work: Callable[[], T], earlier: set[asyncio.Task[Any]]
+    ) -> T:
+        if earlier:
+            await asyncio.wait(earlier)
+        operation.is_running = True
+        return await self.run(work)
+
+
+def _hint(lease: Lease) -> Prepare:
+    return Prepare(lease.offset, lease.num_bytes, lease.snapshot.config, lease.tensors)

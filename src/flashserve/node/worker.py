@@ -1,0 +1,76 @@
+"""The worker process: `python -m flashserve.node.worker`, started by an agent (node/process.py).
+
+Generic and started ahead: when it says `ready`, its imports are done, the arena is mapped, the KV
+pool is in memory and a forward has run, so that any model needs only to be bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+
+from flashserve.config import EngineSettings
+from flashserve.errors import WireError
+
+_PR_SET_PDEATHSIG = 1
+_EXIT_PARENT_GONE = 0
+_EXIT_ENGINE = 70
+
+_log = logging.getLogger("flashserve.worker")
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """The kernel kills this process when its parent ends; exits if that has happened already."""
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent_pid:
+        os._exit(_EXIT_PARENT_GONE)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="flashserve.node.worker", description=__doc__)
+    parser.add_argument("--parent-pid", type=int, required=True)
+    parser.add_argument("--socket-fd", type=int, required=True)
+    parser.add_argument("--arena-fd", type=int, required=True)
+    parser.add_argument("--arena-bytes", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--settings", type=json.loads, required=True, help="EngineSettings")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    die_with_parent(arguments.parent_pid)
+    logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    link_socket = socket.socket(fileno=arguments.socket_fd)
+    # Imported only now: the tensor library takes seconds, in which the parent may die.
+    from flashserve.node.hosting import start_host
+    from flashserve.node.link import Link
+    from flashserve.node.serving import EngineUnusableError, Serving
+
+    host, ready = start_host(
+        arguments.arena_fd,
+        arguments.arena_bytes,
+        arguments.threads,
+        EngineSettings.model_validate(arguments.settings),
+    )
+    try:
+        Serving(Link(link_socket), host, ready).run()
+    except ConnectionError:
+        return _EXIT_PARENT_GONE
+    except (EngineUnusableError, WireError) as error:
+        _log.critical("the worker ends: %s", error)
+    return _EXIT_ENGINE
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)  # tearing down the tensor library takes long and gives nothing back
