@@ -79,6 +79,8 @@ class NodeSpec:
     epoch: int
     num_workers: int
     dram_bytes: int
+    max_sequences: int = 32
+    """Requests that one replica takes at once; the others wait in the model's bounded queue."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,0 +1,182 @@
+"""The whole control plane: one event in, the commands that it causes out."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import assert_never
+
+from flashserve.config import PolicySettings
+from flashserve.control import membership, memory, replicas, requests, slots
+from flashserve.control.records import Model, Status
+from flashserve.control.state import State
+from flashserve.control.timers import Timer, TimerKind
+from flashserve.errors import ModelNotFoundError
+from flashserve.messages.commands import Command
+from flashserve.messages.events import (
+    DrainStarted,
+    Event,
+    Evicted,
+    EvictRequested,
+    ModelDeleted,
+    ModelDeployed,
+    NodeJoined,
+    NodeLost,
+    ReplicaFailed,
+    ReplicaLost,
+    ReplicaReady,
+    ReplicaStopped,
+    RequestArrived,
+    RequestFinished,
+    Staged,
+    StageFailed,
+    StageRequested,
+    Tick,
+    WorkersChanged,
+)
+from flashserve.types import ModelId, ReplicaId, RequestId, Tier
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelView:
+    """A model as `ps` shows it. state: cold, loading, ready, draining or failed."""
+
+    model_id: ModelId
+    state: str
+    tier: Tier
+    num_replicas: int
+    in_flight: int
+    waiting: int
+    dram_bytes: int
+    last_used_at: float | None
+    reason: str
+    """Of the last decision about it."""
+
+
+class Controller:
+    """Reads no clock, opens no socket, draws no number; its drivers are `live` and `sim`.
+
+    What is ignored, because it is repeated or out of date: a request id that is known; the end
+    of one that is not; reports about replicas that are not known, or of another node; `Staged`
+    between an Evict and its answer; a join with an epoch that is not new; a loss with another
+    epoch than the node's; anything about models that are not deployed, save RequestArrived, which
+    is always answered. Events of an earlier epoch that carry none are for the driver to drop.
+    """
+
+    def __init__(self, settings: PolicySettings) -> None:
+        self._state = State(settings)
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """Apply one event at time `now` (seconds) and return the commands it causes, in order."""
+        commands = self._apply(event, now)
+        commands += slots.fill(self._state, now)
+        return commands + requests.hold_new(self._state, now)
+
+    def _apply(self, event: Event, now: float) -> list[Command]:  # noqa: C901, PLR0911, PLR0912 - one line per event
+        state = self._state
+        match event:
+            case RequestArrived():
+                return requests.arrive(state, event, now)
+            case RequestFinished():
+                return requests.finish(state, event, now)
+            case ReplicaReady():
+                return replicas.ready(state, event, now)
+            case ReplicaFailed():
+                return replicas.failed(state, event, now)
+            case ReplicaLost():
+                return replicas.lost(state, event, now)
+            case ReplicaStopped():
+                return replicas.stopped(state, event, now)
+            case Staged():
+                return memory.staged(state, event, now)
+            case StageFailed():
+                return memory.stage_failed(state, event, now)
+            case Evicted():
+                return memory.evicted(state, event)
+            case StageRequested():
+                return memory.stage_requested(state, event, now)
+            case EvictRequested():
+                return memory.evict_requested(state, event, now)
+            case ModelDeployed():
+                return membership.deployed(state, event, now)
+            case ModelDeleted():
+                return membership.deleted(state, event, now)
+            case NodeJoined():
+                return membership.joined(state, event, now)
+            case NodeLost():
+                return membership.node_lost(state, event, now)
+            case WorkersChanged():
+                return membership.workers_changed(state, event)
+            case DrainStarted():
+                return membership.drain_started(state)
+            case Tick():
+                return self._tick(now)
+            case _:
+                assert_never(event)
+
+    def _tick(self, now: float) -> list[Command]:
+        commands: list[Command] = []
+        for timer in self._state.timers.pop_due(now):
+            commands += self._act_on(timer, now)
+        return commands
+
+    def _act_on(self, timer: Timer, now: float) -> list[Command]:
+        state = self._state
+        match timer.kind:
+            case TimerKind.DEADLINE:
+                return requests.deadline_passed(state, RequestId(timer.key), now)
+            case TimerKind.KEEP_ALIVE:
+                return replicas.keep_alive_over(state, ReplicaId(timer.key), now)
+            case TimerKind.PATIENCE:
+                return slots.lose_patience(state, state.models[ModelId(timer.key)], now)
+            case TimerKind.RETRY:
+                state.end_shunning(state.shunning[ModelId(timer.key)])
+                return []
+            case TimerKind.BACKOFF:
+                state.models[ModelId(timer.key)].failure = None
+                return []
+            case _:
+                assert_never(timer.kind)
+
+    def next_wakeup(self) -> float | None:
+        """The earliest time at which a Tick would do something; None while nothing is due."""
+        return self._state.timers.next_due()
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that are dispatched and not finished."""
+        return self._state.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._state.requests) - self._state.num_running
+
+    def model_view(self, model_id: ModelId) -> ModelView:
+        """How a deployed model stands.
+
+        Raises:
+            ModelNotFoundError: it is not deployed.
+        """
+        model = self._state.find(model_id)
+        if model is None:
+            raise ModelNotFoundError(f"no model named {model_id} is deployed")
+        nodes = (self._state.nodes[node_id] for node_id in model.dram_nodes)
+        return ModelView(
+            model_id,
+            _state_name(model),
+            self._state.tier(model),
+            len(model.replicas),
+            model.num_running,
+            len(model.waiting),
+            sum(node.resident[model_id].num_bytes for node in nodes),
+            model.last_used_at,
+            model.reason,
+        )
+
+
+def _state_name(model: Model) -> str:
+    """The best of its replicas' states; without any, whether the last start failed."""
+    found = {replica.status for replica in model.replicas.values()}
+    for status in (Status.READY, Status.STARTING, Status.DRAINING):
+        if status in found:
+            return str(status.value)
+    return "failed" if model.failure else "cold"

@@ -1,0 +1,188 @@
+"""The records that the controller keeps: requests, replicas, models and nodes.
+
+state.py holds them and keeps their indexes true; they are changed there alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+from flashserve.policy.admission import Failure
+from flashserve.policy.cost import EXTENT_BYTES, WorkerState, extent_bytes
+from flashserve.types import (
+    ModelId,
+    ModelSpec,
+    NodeId,
+    NodeSpec,
+    Phases,
+    ReplicaId,
+    RequestId,
+    Tier,
+)
+
+
+class Status(enum.Enum):
+    """A replica's life as the controller sees it; once its stop is ordered, it is forgotten."""
+
+    STARTING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    """It finishes what it runs and takes no more."""
+
+
+@dataclasses.dataclass(slots=True)
+class Request:
+    request_id: RequestId
+    model_id: ModelId
+    sequence: int
+    """Order of arrival; every queue is in this order."""
+    deadline_s: float
+    waiting_since: float
+    attempts: int = 0
+    """Replicas that it has lost."""
+    tier: Tier = Tier.REMOTE
+    predicted: Phases = dataclasses.field(default_factory=Phases)
+    startup: Phases | None = None
+    """What the start that it waited for took."""
+    replica_id: ReplicaId | None = None
+    """None while it waits."""
+    dispatched_at: float | None = None
+
+    @property
+    def deadline_at(self) -> float:
+        return self.waiting_since + self.deadline_s
+
+
+@dataclasses.dataclass(slots=True)
+class Replica:
+    replica_id: ReplicaId
+    model: ModelSpec
+    """As it was when this replica was ordered; a later deployment may differ."""
+    node_id: NodeId
+    epoch: int
+    limit: int
+    """Requests that it takes at once."""
+    started_at: float
+    phases: Phases
+    """Predicted while starting, actual once ready."""
+    worker: WorkerState
+    status: Status = Status.STARTING
+    ready_at: float = 0.0
+    changed_at: float = 0.0
+    """Since when it has been idle, or busy."""
+    is_yielding: bool = False
+    """It drains only for a model that claims room on its node, and resumes if that ends."""
+    drain_reason: str = ""
+    in_flight: dict[RequestId, Request] = dataclasses.field(default_factory=dict)
+
+    @property
+    def model_id(self) -> ModelId:
+        return self.model.model_id
+
+    @property
+    def is_idle(self) -> bool:
+        return self.status is Status.READY and not self.in_flight
+
+
+@dataclasses.dataclass(slots=True)
+class Model:
+    spec: ModelSpec
+    waiting: dict[RequestId, Request] = dataclasses.field(default_factory=dict)
+    replicas: dict[ReplicaId, Replica] = dataclasses.field(default_factory=dict)
+    dram_nodes: dict[NodeId, None] = dataclasses.field(default_factory=dict)
+    """Nodes where its bytes are in DRAM or on the way there."""
+    disk_nodes: dict[NodeId, None] = dataclasses.field(default_factory=dict)
+    """Nodes that fetched it to their disk, when its lowest tier is REMOTE."""
+    num_running: int = 0
+    last_used_at: float | None = None
+    reason: str = ""
+    failure: Failure | None = None
+    memory_failures: int = 0
+    shunned: dict[NodeId, None] = dataclasses.field(default_factory=dict)
+    """Nodes that just had no memory for it; cleared when anything changes or at retry_at."""
+    retry_at: float = 0.0
+    patience_at: float = 0.0
+    claim: NodeId | None = None
+    """The node on which replicas drain so that this model gets room."""
+    is_deleted: bool = False
+    """Only its last replicas remain."""
+
+    @property
+    def model_id(self) -> ModelId:
+        return self.spec.model_id
+
+    @property
+    def is_wanting(self) -> bool:
+        """It has waiting requests and no replica that would serve them."""
+        return bool(self.waiting) and all(
+            replica.status is Status.DRAINING for replica in self.replicas.values()
+        )
+
+
+@dataclasses.dataclass(slots=True)
+class Resident:
+    """A model's bytes in one node's DRAM, from the order that brings them to the one that evicts.
+
+    Pinned: a replica starts, runs or drains on them, or a Stage is under way.
+    """
+
+    num_bytes: int
+    touched_at: float
+    is_loaded: bool = False
+    is_staging: bool = False
+    is_pinned: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PendingEvict:
+    """Evict as soon as the model's last replica on the node has stopped."""
+
+    model: ModelSpec
+    tier: Tier
+    reason: str
+
+
+@dataclasses.dataclass(slots=True)
+class Node:
+    spec: NodeSpec
+    num_live: int = 0
+    """Worker processes past their start."""
+    used_bytes: int = 0  # == sum of resident bytes, in [0, capacity_bytes] as far as we order it
+    pinned_bytes: int = 0  # == sum of pinned resident bytes
+    replicas: dict[ReplicaId, Replica] = dataclasses.field(default_factory=dict)
+    idle: dict[ReplicaId, Replica] = dataclasses.field(default_factory=dict)
+    resident: dict[ModelId, Resident] = dataclasses.field(default_factory=dict)
+    fetched: dict[ModelId, None] = dataclasses.field(default_factory=dict)
+    """Models whose disk_nodes name this node."""
+    evictable: dict[ModelId, None] = dataclasses.field(default_factory=dict)
+    """Resident, not pinned, under no replica; least recently used first."""
+    pending_evicts: dict[ModelId, PendingEvict] = dataclasses.field(default_factory=dict)
+    unanswered_evicts: dict[ModelId, int] = dataclasses.field(default_factory=dict)
+    stage_failures: dict[ModelId, int] = dataclasses.field(default_factory=dict)
+    claims: dict[ModelId, None] = dataclasses.field(default_factory=dict)
+
+    @property
+    def node_id(self) -> NodeId:
+        return self.spec.node_id
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self.spec.dram_bytes // EXTENT_BYTES * EXTENT_BYTES
+
+    @property
+    def free_bytes(self) -> int:
+        return self.capacity_bytes - self.used_bytes
+
+    @property
+    def free_slots(self) -> int:
+        return self.spec.num_workers - len(self.replicas)
+
+    def replicas_of(self, model: Model) -> list[Replica]:
+        return [r for r in model.replicas.values() if r.node_id == self.node_id]
+
+    def has_room(self, spec: ModelSpec) -> bool:
+        """Whether the model's bytes fit once all that is neither pinned nor its own is evicted."""
+        own = self.resident.get(spec.model_id)
+        pinned = self.pinned_bytes - (own.num_bytes if own and own.is_pinned else 0)
+        return self.capacity_bytes - pinned >= extent_bytes(spec.size_bytes)

@@ -1,0 +1,256 @@
+"""Requests: admission, waiting, dispatch, deadlines, and going on after a lost replica."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from flashserve.control import orders
+from flashserve.control.estimates import Quantity
+from flashserve.control.records import Model, Replica, Request, Status
+from flashserve.control.state import State
+from flashserve.messages.commands import Command, Hold
+from flashserve.messages.events import RequestArrived, RequestFinished
+from flashserve.policy import admission, cost, keepalive, routing, text
+from flashserve.policy.admission import Refusal
+from flashserve.types import NodeId, Phases, ReplicaId, RequestId, Tier
+
+
+def arrive(state: State, event: RequestArrived, now: float) -> list[Command]:
+    """Dispatch at once to a ready replica, let it wait, or refuse it. A known id is ignored."""
+    if event.request_id in state.requests:
+        return []
+    model = state.find(event.model_id)
+    deadline_s = state.settings.deadline_s if event.deadline_s is None else event.deadline_s
+    request = Request(
+        event.request_id, event.model_id, state.new_sequence(), deadline_s, waiting_since=now
+    )
+    if model is None:
+        return [orders.reject(request, admission.refuse_unknown(event.model_id))]
+    model.last_used_at = now
+    if refusal := _refusal(state, model, now):
+        return [orders.reject(request, refusal)]
+    if not model.waiting and (route := _route(model)):
+        request.tier = Tier.DEVICE
+        request.predicted = Phases(prefill_s=_prefill_s(state, model))
+        replica_id, reason = route
+        return [orders.dispatch(state, request, state.replicas[replica_id], reason, now)]
+    if refusal := admission.refuse_full(
+        model.model_id, len(model.waiting), state.settings.queue_limit, _wait_s(state, model, now)
+    ):
+        return [orders.reject(request, refusal)]
+    state.enqueue(model, [request], now)
+    return []
+
+
+def _refusal(state: State, model: Model, now: float) -> Refusal | None:
+    if state.is_draining:
+        return admission.refuse_draining()
+    if model.failure and now < model.failure.until:
+        return admission.refuse_failed(model.failure, now)
+    model.failure = None
+    return too_large(state, model)
+
+
+def too_large(state: State, model: Model) -> Refusal | None:
+    if not state.nodes:
+        return None
+    need = cost.extent_bytes(model.spec.size_bytes)
+    return admission.refuse_too_large(model.model_id, need, state.largest_bytes)
+
+
+def finish(state: State, event: RequestFinished, now: float) -> list[Command]:
+    """A request is over, wherever it was; one that is not known (any more) is ignored."""
+    request = state.requests.get(event.request_id)
+    if request is None:
+        return []
+    model = state.models[request.model_id]
+    model.last_used_at = now
+    if request.replica_id is None:
+        state.forget_waiting(model, request)
+        return []
+    if event.prefill_s is not None and request.dispatched_at is not None:
+        run_s = now - request.dispatched_at
+        state.estimates.observe(Quantity.PREFILL_S, model.model_id, event.prefill_s)
+        state.estimates.observe(Quantity.RUN_S, model.model_id, run_s)
+    replica = state.replicas[request.replica_id]
+    state.end(request, replica, now)
+    return release(state, model, replica, now)
+
+
+def release(state: State, model: Model, replica: Replica, now: float) -> list[Command]:
+    """A replica has room again: for a waiting request, or to stop if it was only to finish."""
+    if replica.status is Status.DRAINING and not replica.in_flight:
+        return orders.stop_replica(state, replica, replica.drain_reason, now)
+    return dispatch_waiting(state, model, now) + stop_if_idle(state, model, replica, now)
+
+
+def stop_if_idle(state: State, model: Model, replica: Replica, now: float) -> list[Command]:
+    """With a keep-alive of 0 a replica stops as soon as it has nothing to do."""
+    if not replica.is_idle or state.keep_alive_s(model) > 0:
+        return []
+    return orders.stop_replica(state, replica, keepalive.stop_reason(0.0, 0.0), now)
+
+
+def dispatch_waiting(state: State, model: Model, now: float) -> list[Command]:
+    """Dispatch waiting requests, first come first served, while a ready replica has room."""
+    commands: list[Command] = []
+    while model.waiting and (route := _route(model)):
+        request = next(iter(model.waiting.values()))
+        replica_id, reason = route
+        commands.append(orders.dispatch(state, request, state.replicas[replica_id], reason, now))
+    return commands
+
+
+def _route(model: Model) -> tuple[ReplicaId, str] | None:
+    return routing.route(
+        routing.ReplicaLoad(len(replica.in_flight), replica.replica_id, replica.limit)
+        for replica in model.replicas.values()
+        if replica.status is Status.READY
+    )
+
+
+def go_on(
+    state: State, model: Model, requests: list[Request], why: str, now: float
+) -> list[Command]:
+    """Requests have lost their replica: they wait again, first of all, unless it was one too many.
+
+    Their deadlines start anew, since a long answer may have been running past the first one.
+    """
+    if model.is_deleted:
+        gone = admission.refuse_unknown(model.model_id)
+        return [orders.reject(request, gone) for request in requests]
+    commands: list[Command] = []
+    patient: list[Request] = []
+    for request in requests:
+        if refusal := _count_loss(state, request, why):
+            commands.append(orders.reject(request, refusal))
+        else:
+            patient.append(request)
+    state.enqueue(model, patient, now)
+    return commands + dispatch_waiting(state, model, now)
+
+
+def count_lost_start(state: State, model: Model, why: str) -> list[Command]:
+    """A replica was lost before it was ready: one attempt less for everyone who waits for it."""
+    commands: list[Command] = []
+    for request in list(model.waiting.values()):
+        if refusal := _count_loss(state, request, why):
+            state.forget_waiting(model, request)
+            commands.append(orders.reject(request, refusal))
+    return commands
+
+
+def _count_loss(state: State, request: Request, why: str) -> Refusal | None:
+    request.attempts += 1
+    if request.attempts < state.settings.max_attempts:
+        return None
+    lost = text.count(request.attempts, "replica")
+    return Refusal("replica_failed", f"{request.model_id} lost {lost}, the last one: {why}")
+
+
+def reject_waiting(state: State, model: Model, refusal: Refusal) -> list[Command]:
+    requests = list(model.waiting.values())
+    for request in requests:
+        state.forget_waiting(model, request)
+    return [orders.reject(request, refusal) for request in requests]
+
+
+def reject_replaced(requests: Iterable[Request]) -> list[Command]:
+    """An answer that was begun with a checkpoint which is gone cannot go on with another."""
+    return [
+        orders.reject(
+            request,
+            Refusal("replica_failed", f"{request.model_id} was replaced while it was answering"),
+        )
+        for request in requests
+    ]
+
+
+def deadline_passed(state: State, request_id: RequestId, now: float) -> list[Command]:
+    request = state.requests[request_id]
+    model = state.models[request.model_id]
+    waited_s = now - request.waiting_since
+    reason = waiting_for(state, model, now)
+    state.forget_waiting(model, request)
+    return [orders.reject(request, admission.refuse_late(model.model_id, waited_s, reason))]
+
+
+def hold_new(state: State, now: float) -> list[Command]:
+    """Tell each request that began to wait in this event, and waits still, what to expect."""
+    requests, state.unheld = state.unheld, []
+    commands: list[Command] = []
+    for request in requests:
+        if request.replica_id is not None or request.request_id not in state.requests:
+            continue
+        model = state.models[request.model_id]
+        is_ready = any(r.status is Status.READY for r in model.replicas.values())
+        request.tier = state.tier(model) if is_ready else min(state.tier(model), Tier.DRAM)
+        request.predicted = predict(state, model, now)
+        reason = f"waits for {waiting_for(state, model, now)}"
+        commands.append(Hold(request.request_id, request.tier, request.predicted, reason))
+    return commands
+
+
+def predict(state: State, model: Model, now: float) -> Phases:
+    """The estimated way to a first token for a request that has to wait now."""
+    start, queue_s = Phases(), 0.0
+    if starting := _starting(model):
+        start = cost.remaining(starting.phases, now - starting.started_at)
+    elif any(replica.status is Status.READY for replica in model.replicas.values()):
+        queue_s = _wait_s(state, model, now)
+    else:
+        start, queue_s = _predict_anywhere(state, model), _wait_s(state, model, now)
+    return dataclasses.replace(start, queue_s=queue_s, prefill_s=_prefill_s(state, model))
+
+
+def _predict_anywhere(state: State, model: Model) -> Phases:
+    """A start on the node that holds most of the model, or on any."""
+    node_id = next(iter(model.dram_nodes or model.disk_nodes or state.nodes), NodeId(""))
+    node = state.nodes.get(node_id)
+    tier = state.tier_on(model, node) if node else model.spec.lowest_tier
+    costs = state.estimates.costs(node_id, model.model_id, cost.WorkerState.STOPPING)
+    return cost.predict_start(model.spec.size_bytes, tier, costs)
+
+
+def _wait_s(state: State, model: Model, now: float) -> float:
+    """Until a queue of this model is expected to move."""
+    if starting := _starting(model):
+        return cost.remaining(starting.phases, now - starting.started_at).startup_s
+    run_s = state.estimates.value(Quantity.RUN_S, model.model_id)
+    room = sum(r.limit for r in model.replicas.values() if r.status is Status.READY)
+    if room:
+        return admission.wait_s(len(model.waiting), room, run_s)
+    return admission.wait_s(len(state.wanting), state.num_workers, run_s)
+
+
+def _prefill_s(state: State, model: Model) -> float:
+    return state.estimates.value(Quantity.PREFILL_S, model.model_id)
+
+
+def _starting(model: Model) -> Replica | None:
+    return next((r for r in model.replicas.values() if r.status is Status.STARTING), None)
+
+
+def waiting_for(state: State, model: Model, now: float) -> str:
+    """What a waiting request of this model waits for, for people."""
+    if starting := _starting(model):
+        since = text.seconds(now - starting.started_at)
+        return f"{starting.replica_id} on {starting.node_id}, which has been loading for {since}"
+    ready = [r for r in model.replicas.values() if r.status is Status.READY]
+    if ready:
+        return f"one of {sum(len(r.in_flight) for r in ready)} running requests to end"
+    return _waiting_for_room(state, model)
+
+
+def _waiting_for_room(state: State, model: Model) -> str:
+    if not state.nodes:
+        return "a node to join"
+    if model.claim is not None:
+        return f"busy replicas on {model.claim} to finish their last requests"
+    if model.shunned:
+        return f"memory on {', '.join(model.shunned)}: {model.reason}"
+    if state.free_nodes or state.idle:
+        need = text.size(cost.extent_bytes(model.spec.size_bytes))
+        return f"{need} of DRAM that no running model holds"
+    return f"a free worker: {state.num_workers} of {state.num_workers} are busy"

@@ -1,0 +1,220 @@
+"""Who gets a worker: models that want a replica stand in line, first come first served.
+
+A free slot, or else the idle replica of least worth, goes to the first in line that it suits. A
+model that has waited `slot_patience_s` claims room on one node: the replicas that have been busy
+longest there take no further requests, and nobody behind it in line starts on that node before it
+did. A replica that became ready less than `slot_patience_s` ago is left alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+
+from flashserve.control import orders, requests
+from flashserve.control.records import Model, Node, Replica, Status
+from flashserve.control.room import make_room
+from flashserve.control.state import State
+from flashserve.messages.commands import Command
+from flashserve.policy import text
+from flashserve.policy.cost import WorkerState, extent_bytes
+from flashserve.policy.placement import NodeView, place
+from flashserve.types import NodeId
+
+_NUM_CANDIDATES = 16
+"""With more nodes than that, the likeliest ones are compared and not all."""
+_NUM_MISSES = 8
+"""After so many models that fit nowhere, the rest of the line waits for the next event."""
+_NUM_BUSY = 64
+"""Replicas, busy longest first, among whose nodes a claim is looked for."""
+_MIN_PATIENCE_S = 1.0
+
+
+def fill(state: State, now: float) -> list[Command]:
+    """Start what stands in line, as far as workers and memory go."""
+    commands = _release_claims(state, now)
+    if not state.wanting or not (state.free_nodes or state.idle):
+        return commands
+    taken: set[NodeId] = set()
+    num_misses = 0
+    for model in list(state.wanting.values()):
+        if num_misses == _NUM_MISSES:
+            break
+        if model.model_id not in state.wanting:  # a release gave it its old replica back
+            continue
+        if started := _start(state, model, taken, now):
+            commands += started
+            commands += _release_claims(state, now)
+        else:
+            num_misses += 1
+            if model.claim is not None:
+                taken.add(model.claim)
+    return commands
+
+
+def _start(state: State, model: Model, taken: set[NodeId], now: float) -> list[Command]:
+    """Start the model where it would be ready first; nothing when it fits nowhere."""
+    nodes = candidates(state, model, taken)
+    placement = place((view(state, node, model) for node in nodes), model.spec.size_bytes)
+    if placement is None:
+        return []
+    node = state.nodes[placement.node_id]
+    worker = _worker(node)
+    commands = make_room(state, node, model, now, for_replica=True)
+    return [*commands, orders.start_replica(state, node, model, placement, worker, now)]
+
+
+def candidates(
+    state: State, model: Model, taken: set[NodeId], *, for_replica: bool = True
+) -> list[Node]:
+    """Nodes that can take the model's bytes now, and with `for_replica` a replica of it."""
+
+    def suits(node: Node) -> bool:
+        return (
+            (not for_replica or node.free_slots > 0 or bool(node.idle))
+            and node.node_id not in taken
+            and node.node_id not in model.shunned
+            and model.model_id not in node.pending_evicts
+            and node.has_room(model.spec)
+        )
+
+    pool = state.nodes.values() if len(state.nodes) <= _NUM_CANDIDATES else _likely(state, model)
+    return list(islice(filter(suits, pool), _NUM_CANDIDATES))
+
+
+def _likely(state: State, model: Model) -> Iterator[Node]:
+    """Nodes that have the bytes, then ones with a free slot, then ones with an idle replica."""
+    holders = (state.nodes[n] for n in chain(model.dram_nodes, model.disk_nodes))
+    idle = (state.nodes[replica.node_id] for replica in state.idle.values())
+    seen: set[NodeId] = set()
+    for node in chain(holders, state.free_nodes.values(), idle):
+        if node.node_id not in seen:
+            seen.add(node.node_id)
+            yield node
+
+
+def view(state: State, node: Node, model: Model) -> NodeView:
+    return NodeView(
+        node.node_id,
+        state.tier_on(model, node),
+        state.estimates.costs(node.node_id, model.model_id, _worker(node)),
+        node.free_slots,
+        node.free_bytes,
+    )
+
+
+def _worker(node: Node) -> WorkerState:
+    if node.free_slots <= 0:
+        return WorkerState.STOPPING
+    return WorkerState.SPARE if node.num_live > len(node.replicas) else WorkerState.STARTING
+
+
+def lose_patience(state: State, model: Model, now: float) -> list[Command]:
+    """A model has waited long: see to it that enough is draining for it on some node."""
+    commands = fill(state, now)
+    if model.model_id not in state.wanting:
+        return commands
+    patience_s = state.settings.slot_patience_s
+    again = now + max(patience_s, _MIN_PATIENCE_S)
+    for node in _nodes_to_claim(state, model):
+        victims, spared_until = _victims(state, node, model, now)
+        if victims is not None:
+            _claim(state, node, model, victims, now)
+            break
+        again = min(again, spared_until)
+    state.set_patience(model, again)
+    return commands + _release_claims(state, now)
+
+
+def _nodes_to_claim(state: State, model: Model) -> Iterable[Node]:
+    """The node that it claims already, then those of the replicas that have been busy longest."""
+    nodes: dict[NodeId, Node] = {}
+    if model.claim is not None:
+        nodes[model.claim] = state.nodes[model.claim]
+    for replica in islice(state.busy.values(), _NUM_BUSY):
+        nodes.setdefault(replica.node_id, state.nodes[replica.node_id])
+    return nodes.values()
+
+
+def _victims(
+    state: State, node: Node, model: Model, now: float
+) -> tuple[list[Replica] | None, float]:
+    """Busy replicas of a node that must drain so that the model gets room beside other claims.
+
+    None when even all that may be drained are not enough, with the time when more may be.
+    """
+    others = [state.models[m] for m in node.claims if m != model.model_id]
+    running = [r for r in node.replicas.values() if not r.is_idle]
+    kept = [r for r in running if r.status is not Status.DRAINING]
+    lack_slots = len(others) + 1 + len(kept) - node.spec.num_workers
+    wanted = extent_bytes(model.spec.size_bytes)
+    wanted += sum(extent_bytes(other.spec.size_bytes) for other in others)
+    staging = node.pinned_bytes - _bytes_under(node, running)
+    lack_bytes = wanted + staging + _bytes_under(node, kept) - node.capacity_bytes
+    victims: list[Replica] = []
+    spared_until = math.inf
+    for replica in sorted(kept, key=lambda r: (r.changed_at, r.replica_id)):
+        if lack_slots <= 0 and lack_bytes <= 0:
+            break
+        if replica.status is not Status.READY:
+            continue
+        spared = replica.ready_at + state.settings.slot_patience_s
+        if spared > now:
+            spared_until = min(spared_until, spared)
+            continue
+        before = _bytes_under(node, kept)
+        kept = [r for r in kept if r is not replica]
+        victims.append(replica)
+        lack_slots -= 1
+        lack_bytes -= before - _bytes_under(node, kept)
+    if lack_slots > 0 or lack_bytes > 0 or model.model_id in node.pending_evicts:
+        return None, spared_until
+    return victims, spared_until
+
+
+def _bytes_under(node: Node, replicas: list[Replica]) -> int:
+    held = {replica.model_id for replica in replicas}
+    return sum(node.resident[m].num_bytes for m in held if m in node.resident)
+
+
+def _claim(state: State, node: Node, model: Model, victims: list[Replica], now: float) -> None:
+    if model.claim is not None and model.claim != node.node_id:
+        state.nodes[model.claim].claims.pop(model.model_id, None)
+    model.claim = node.node_id
+    node.claims[model.model_id] = None
+    first = next(iter(model.waiting.values()))
+    waited = text.seconds(now - first.waiting_since)
+    model.reason = f"waited {waited} for room: claims {node.node_id}"
+    for replica in victims:
+        busy = text.seconds(now - replica.changed_at)
+        reason = f"slot given to {model.model_id}, which waited {waited}: busy {busy}"
+        orders.drain(state, replica, reason, now)
+        replica.is_yielding = True
+
+
+def _release_claims(state: State, now: float) -> list[Command]:
+    """End the claims of models that got room or want none; what drained for them goes on."""
+    commands: list[Command] = []
+    while state.lapsed_claims:
+        model = state.lapsed_claims.pop()
+        if model.claim is None or model.model_id in state.wanting:
+            continue
+        node = state.nodes[model.claim]
+        node.claims.pop(model.model_id, None)
+        model.claim = None
+        if not node.claims:
+            commands += _resume(state, node, now)
+    return commands
+
+
+def _resume(state: State, node: Node, now: float) -> list[Command]:
+    commands: list[Command] = []
+    for replica in node.replicas.values():
+        if replica.is_yielding:
+            replica.is_yielding = False
+            state.set_status(replica, Status.READY, now)
+            model = state.models[replica.model_id]
+            model.reason = f"{replica.replica_id} goes on: its slot is not needed any more"
+            commands += requests.dispatch_waiting(state, model, now)
+    return commands

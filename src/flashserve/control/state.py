@@ -1,0 +1,339 @@
+"""What the controller knows, and the indexes that keep every event's work small.
+
+Handlers change the records through these methods alone, because each keeps the indexes true:
+`wanting` (models to start, first come first served), `free_nodes`, `idle` and `busy` replicas in
+the order of their last change, each node's pinned and evictable bytes, and the timers.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from flashserve.config import PolicySettings
+from flashserve.control.estimates import Estimates
+from flashserve.control.records import Model, Node, Replica, Request, Resident, Status
+from flashserve.control.timers import Timer, TimerKind, Timers
+from flashserve.policy import keepalive
+from flashserve.policy.cost import extent_bytes
+from flashserve.types import ModelId, ModelSpec, NodeId, NodeSpec, ReplicaId, RequestId, Tier
+
+
+class State:
+    def __init__(self, settings: PolicySettings) -> None:
+        self.settings = settings
+        self.models: dict[ModelId, Model] = {}
+        self.nodes: dict[NodeId, Node] = {}
+        self.replicas: dict[ReplicaId, Replica] = {}
+        self.requests: dict[RequestId, Request] = {}
+        self.wanting: OrderedDict[ModelId, Model] = OrderedDict()
+        self.free_nodes: OrderedDict[NodeId, Node] = OrderedDict()
+        self.idle: dict[ReplicaId, Replica] = {}
+        self.busy: dict[ReplicaId, Replica] = {}
+        self.shunning: dict[ModelId, Model] = {}
+        self.lapsed_claims: list[Model] = []
+        """Models that need their claim no more; see slots.py."""
+        self.unheld: list[Request] = []
+        """Requests that began to wait in this event and have not been told so."""
+        self.estimates = Estimates()
+        self.timers = Timers(self._due_at)
+        self.epochs: dict[NodeId, int] = {}
+        """The last epoch seen of every node, also of lost ones."""
+        self.num_workers = 0
+        self.largest_bytes = 0
+        self.num_running = 0
+        self.is_draining = False
+        self._num_started = 0
+        self._num_arrived = 0
+
+    def new_replica_id(self, model_id: ModelId) -> ReplicaId:
+        """Never used twice, not even by a model that was deleted and deployed again."""
+        self._num_started += 1
+        return ReplicaId(f"{model_id}#{self._num_started}")
+
+    def new_sequence(self) -> int:
+        self._num_arrived += 1
+        return self._num_arrived
+
+    def find(self, model_id: ModelId) -> Model | None:
+        """A deployed model; None when it is not, or not any more."""
+        model = self.models.get(model_id)
+        return None if model is None or model.is_deleted else model
+
+    def keep_alive_s(self, model: Model) -> float:
+        return keepalive.keep_alive_s(model.spec, self.settings.keep_alive_s)
+
+    def tier(self, model: Model) -> Tier:
+        """The highest tier that holds the model's bytes anywhere."""
+        if any(r.status is not Status.STARTING for r in model.replicas.values()):
+            return Tier.DEVICE
+        if any(self.nodes[n].resident[model.model_id].is_loaded for n in model.dram_nodes):
+            return Tier.DRAM
+        return max(model.spec.lowest_tier, Tier.DISK if model.disk_nodes else Tier.REMOTE)
+
+    def tier_on(self, model: Model, node: Node) -> Tier:
+        """Where one node has the model's bytes, replicas apart."""
+        resident = node.resident.get(model.model_id)
+        if resident and resident.is_loaded:
+            return Tier.DRAM
+        fetched = Tier.DISK if node.node_id in model.disk_nodes else Tier.REMOTE
+        return max(model.spec.lowest_tier, fetched)
+
+    # Requests
+
+    def enqueue(self, model: Model, requests: list[Request], now: float) -> None:
+        """Let requests wait in order of arrival, so that ones from a lost replica come first."""
+        last = next(reversed(model.waiting.values()), None)
+        for request in requests:
+            request.replica_id = request.startup = None
+            request.waiting_since = now
+            model.waiting[request.request_id] = request
+            self.requests[request.request_id] = request
+            self.unheld.append(request)
+            timer = Timer(TimerKind.DEADLINE, request.request_id)
+            self.timers.schedule(timer, request.deadline_at)
+        if requests and last and requests[0].sequence < last.sequence:
+            ordered = sorted(model.waiting.values(), key=lambda request: request.sequence)
+            model.waiting = {request.request_id: request for request in ordered}
+        self.review_want(model)
+
+    def forget_waiting(self, model: Model, request: Request) -> None:
+        del model.waiting[request.request_id]
+        del self.requests[request.request_id]
+        self.review_want(model)
+
+    def begin(self, model: Model, request: Request, replica: Replica, now: float) -> None:
+        """The request runs on a replica from now on."""
+        model.waiting.pop(request.request_id, None)
+        self.requests[request.request_id] = request
+        request.replica_id = replica.replica_id
+        request.dispatched_at = now
+        replica.in_flight[request.request_id] = request
+        model.num_running += 1
+        self.num_running += 1
+        if len(replica.in_flight) == 1:
+            replica.changed_at = now
+            self._reindex(replica)
+
+    def end(self, request: Request, replica: Replica, now: float) -> None:
+        """The request runs no more and is forgotten."""
+        del self.requests[request.request_id]
+        del replica.in_flight[request.request_id]
+        self._count_ended(replica.model_id, 1)
+        if not replica.in_flight:
+            replica.changed_at = now
+            self._reindex(replica)
+
+    def take_in_flight(self, replica: Replica) -> list[Request]:
+        """Take every running request from a replica that is gone, in order of arrival."""
+        requests = sorted(replica.in_flight.values(), key=lambda request: request.sequence)
+        replica.in_flight.clear()
+        for request in requests:
+            del self.requests[request.request_id]
+        self._count_ended(replica.model_id, len(requests))
+        return requests
+
+    def _count_ended(self, model_id: ModelId, number: int) -> None:
+        self.models[model_id].num_running -= number
+        self.num_running -= number
+
+    # Replicas
+
+    def add_replica(self, replica: Replica) -> None:
+        node, model = self.nodes[replica.node_id], self.models[replica.model_id]
+        self.replicas[replica.replica_id] = replica
+        node.replicas[replica.replica_id] = replica
+        model.replicas[replica.replica_id] = replica
+        self._review_slots(node)
+        self._refresh_pin(node, model)
+        self.review_want(model)
+
+    def remove_replica(self, replica: Replica, now: float) -> None:
+        """Its slot is free; requests must have been taken from it before."""
+        node, model = self.nodes[replica.node_id], self.models[replica.model_id]
+        del self.replicas[replica.replica_id]
+        del node.replicas[replica.replica_id]
+        del model.replicas[replica.replica_id]
+        self.idle.pop(replica.replica_id, None)
+        self.busy.pop(replica.replica_id, None)
+        node.idle.pop(replica.replica_id, None)
+        if resident := node.resident.get(model.model_id):
+            resident.touched_at = now
+        self._review_slots(node)
+        self._refresh_pin(node, model)
+        self.review_want(model)
+        self.clear_shunned()
+
+    def set_status(self, replica: Replica, status: Status, now: float) -> None:
+        replica.status = status
+        replica.changed_at = now
+        self._reindex(replica)
+        self.review_want(self.models[replica.model_id])
+
+    def watch_keep_alive(self, replica: Replica) -> None:
+        due = self._keep_alive_ends(replica)
+        if due is not None:
+            self.timers.schedule(Timer(TimerKind.KEEP_ALIVE, replica.replica_id), due)
+
+    def review_want(self, model: Model) -> None:
+        """Put the model into the line for a slot, or take it out, as its state demands."""
+        wants, stands = model.is_wanting, model.model_id in self.wanting
+        if wants and not stands:
+            first = next(iter(model.waiting.values()))
+            self.wanting[model.model_id] = model
+            if first.attempts or model.memory_failures:
+                # It had its turn and lost it by no fault of its requests.
+                self.wanting.move_to_end(model.model_id, last=False)
+            self.set_patience(model, first.waiting_since + self.settings.slot_patience_s)
+        elif stands and not wants:
+            del self.wanting[model.model_id]
+            if model.claim is not None:
+                self.lapsed_claims.append(model)
+
+    def set_patience(self, model: Model, when: float) -> None:
+        model.patience_at = when
+        self.timers.schedule(Timer(TimerKind.PATIENCE, model.model_id), when)
+
+    def _reindex(self, replica: Replica) -> None:
+        node, replica_id = self.nodes[replica.node_id], replica.replica_id
+        if replica.is_idle:
+            self.busy.pop(replica_id, None)
+            self.idle[replica_id] = node.idle[replica_id] = replica
+            self.watch_keep_alive(replica)
+        else:
+            self.idle.pop(replica_id, None)
+            node.idle.pop(replica_id, None)
+            if replica.status is Status.READY:
+                self.busy[replica_id] = replica
+            else:
+                self.busy.pop(replica_id, None)
+        self._refresh_pin(node, self.models[replica.model_id])
+
+    def _review_slots(self, node: Node) -> None:
+        self.free_nodes.pop(node.node_id, None)  # the next start goes to another node, all equal
+        if node.free_slots > 0:
+            self.free_nodes[node.node_id] = node
+
+    # DRAM
+
+    def hold_bytes(self, node: Node, model: ModelSpec, now: float) -> Resident:
+        """The model's bytes count as used on the node from now on, loaded or on the way."""
+        resident = node.resident.get(model.model_id)
+        if resident is None:
+            resident = Resident(extent_bytes(model.size_bytes), touched_at=now)
+            node.resident[model.model_id] = resident
+            node.used_bytes += resident.num_bytes
+            self.models[model.model_id].dram_nodes[node.node_id] = None
+        resident.touched_at = now
+        self._refresh_pin(node, self.models[model.model_id])
+        return resident
+
+    def set_staging(self, node: Node, model_id: ModelId, is_staging: bool) -> None:
+        node.resident[model_id].is_staging = is_staging
+        self._refresh_pin(node, self.models[model_id])
+
+    def set_fetched(self, node: Node, model: Model, is_fetched: bool) -> None:
+        """Whether the node's disk has a copy that FlashServe made."""
+        if is_fetched and model.spec.lowest_tier < Tier.DISK:
+            node.fetched[model.model_id] = model.disk_nodes[node.node_id] = None
+        elif not is_fetched:
+            node.fetched.pop(model.model_id, None)
+            model.disk_nodes.pop(node.node_id, None)
+
+    def drop_bytes(self, node: Node, model_id: ModelId) -> None:
+        resident = node.resident.pop(model_id, None)
+        if resident is None:
+            return
+        node.used_bytes -= resident.num_bytes
+        node.pinned_bytes -= resident.num_bytes if resident.is_pinned else 0
+        node.evictable.pop(model_id, None)
+        del self.models[model_id].dram_nodes[node.node_id]
+        self.clear_shunned()
+
+    def _refresh_pin(self, node: Node, model: Model) -> None:
+        resident = node.resident.get(model.model_id)
+        if resident is None:
+            return
+        here = node.replicas_of(model)
+        pinned = resident.is_staging or any(not replica.is_idle for replica in here)
+        if pinned != resident.is_pinned:
+            resident.is_pinned = pinned
+            node.pinned_bytes += resident.num_bytes if pinned else -resident.num_bytes
+        if pinned or here:
+            node.evictable.pop(model.model_id, None)
+        else:
+            node.evictable.setdefault(model.model_id)
+
+    def shun(self, model: Model, node_id: NodeId, retry_at: float) -> None:
+        """Start the model elsewhere, until something changes or `retry_at`."""
+        model.shunned[node_id] = None
+        model.retry_at = retry_at
+        self.shunning[model.model_id] = model
+        self.timers.schedule(Timer(TimerKind.RETRY, model.model_id), retry_at)
+
+    def end_shunning(self, model: Model) -> None:
+        model.shunned.clear()
+        self.shunning.pop(model.model_id, None)
+
+    def clear_shunned(self) -> None:
+        for model in self.shunning.values():
+            model.shunned.clear()
+        self.shunning.clear()
+
+    # Nodes
+
+    def add_node(self, spec: NodeSpec) -> None:
+        node = Node(spec)
+        self.nodes[spec.node_id] = node
+        self.epochs[spec.node_id] = spec.epoch
+        self._review_slots(node)
+        self._sum_nodes()
+        self.clear_shunned()
+
+    def forget_bytes(self, node: Node) -> None:
+        """Everything that was in the node's DRAM or on its disk is gone."""
+        for model_id in list(node.resident):
+            self.drop_bytes(node, model_id)
+        for model_id in node.fetched:
+            del self.models[model_id].disk_nodes[node.node_id]
+        node.fetched.clear()
+        node.pending_evicts.clear()
+
+    def remove_node(self, node: Node) -> None:
+        """Its bytes must have been forgotten and its replicas removed before."""
+        for model_id in node.claims:
+            self.models[model_id].claim = None
+        del self.nodes[node.node_id]
+        self.free_nodes.pop(node.node_id, None)
+        self.estimates.forget(node.node_id)
+        self._sum_nodes()
+
+    def _sum_nodes(self) -> None:
+        self.num_workers = sum(node.spec.num_workers for node in self.nodes.values())
+        self.largest_bytes = max((n.capacity_bytes for n in self.nodes.values()), default=0)
+
+    # Timers
+
+    def _keep_alive_ends(self, replica: Replica) -> float | None:
+        if not replica.is_idle:
+            return None
+        keep_alive = self.keep_alive_s(self.models[replica.model_id])
+        return keepalive.expires_at(replica.changed_at, keep_alive)
+
+    def _due_at(self, timer: Timer) -> float | None:
+        match timer.kind:
+            case TimerKind.DEADLINE:
+                request = self.requests.get(RequestId(timer.key))
+                waits = request is not None and request.replica_id is None
+                return request.deadline_at if request and waits else None
+            case TimerKind.KEEP_ALIVE:
+                replica = self.replicas.get(ReplicaId(timer.key))
+                return self._keep_alive_ends(replica) if replica else None
+            case TimerKind.PATIENCE:
+                model = self.wanting.get(ModelId(timer.key))
+                return model.patience_at if model else None
+            case TimerKind.RETRY:
+                model = self.shunning.get(ModelId(timer.key))
+                return model.retry_at if model else None
+            case TimerKind.BACKOFF:
+                model = self.models.get(ModelId(timer.key))
+                return model.failure.until if model and model.failure else None

@@ -1,0 +1,76 @@
+"""What a start costs: predicted seconds per phase, and the running averages they rest on."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+from flashserve.types import Phases, Tier
+
+EXTENT_BYTES = 2 << 20
+"""A model takes whole extents of a node's DRAM."""
+
+_WEIGHT = 0.3
+_MAX_STEP = 8.0
+
+
+class WorkerState(enum.Enum):
+    """What a start finds on a node, and so how long it waits for a worker."""
+
+    SPARE = "a spare worker"
+    STOPPING = "a worker whose replica is stopped first"
+    STARTING = "a worker that is itself still starting"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Costs:
+    """What a start costs on one node. Rates leave the tier that they are named after."""
+
+    remote_bytes_per_s: float
+    disk_bytes_per_s: float
+    dram_bytes_per_s: float
+    place_s: float
+    init_s: float
+
+
+def extent_bytes(size_bytes: int) -> int:
+    """Bytes of DRAM that a checkpoint of `size_bytes` takes: its image in whole extents."""
+    return -(-size_bytes // EXTENT_BYTES) * EXTENT_BYTES
+
+
+def predict_start(size_bytes: int, tier: Tier, costs: Costs) -> Phases:
+    """Phases of a start on a node where the bytes are in `tier`; queue and prefill are 0."""
+    return Phases(
+        place_s=costs.place_s,
+        fetch_s=size_bytes / costs.remote_bytes_per_s if tier < Tier.DISK else 0.0,
+        dram_s=size_bytes / costs.disk_bytes_per_s if tier < Tier.DRAM else 0.0,
+        device_s=size_bytes / costs.dram_bytes_per_s,
+        init_s=costs.init_s,
+    )
+
+
+def remaining(start: Phases, elapsed_s: float) -> Phases:
+    """What is left of a predicted start that has been under way for `elapsed_s`.
+
+    A start that is overdue has nothing left: its end is not known better than "any moment".
+    """
+    left = {}
+    for name in ("fetch_s", "dram_s", "place_s", "device_s", "init_s"):
+        phase = getattr(start, name)
+        left[name] = max(0.0, phase - max(0.0, elapsed_s))
+        elapsed_s -= phase
+    return dataclasses.replace(start, **left)
+
+
+def average(old: float | None, sample: float, low: float, high: float) -> float | None:
+    """The running average `old` after one more sample (exponentially weighted).
+
+    A sample outside [low, high], or that is no number, changes nothing; within it, one sample
+    counts as at most 8 times more or less than the average, so that one outlier moves it little.
+    """
+    if not low <= sample <= high:  # False for NaN
+        return old
+    if old is None:
+        return sample
+    step = min(max(sample, old / _MAX_STEP), old * _MAX_STEP)
+    return old + _WEIGHT * (step - old)
