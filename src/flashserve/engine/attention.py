@@ -77,6 +77,7 @@ def paged_attention(
     dropout: float = 0.0,  # noqa: ARG001 - 0 outside training
     position_ids: torch.Tensor | None = None,  # noqa: ARG001 - the step has them
     use_cache: bool | None = None,  # noqa: ARG001 - the pool is the cache
+    output_router_logits: bool | None = None,  # noqa: ARG001 - of the layer's experts
     **unknown: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer over the pool.

@@ -73,7 +73,8 @@ class Engine:
             batch_invariant=settings.batch_invariant,
         )
         self.counts: collections.Counter[str] = collections.Counter()
-        """steps, tokens (computed), reused_tokens and preemptions since the start."""
+        """Since the start: steps, tokens computed, chunks that did not end their prompt, and, of
+        finished sequences, reused_tokens and preemptions."""
 
     @property
     def has_work(self) -> bool:
@@ -121,7 +122,12 @@ class Engine:
         logits = self._runner.run(segments)
         self._batcher.commit(segments)
         self.counts["steps"] += 1
-        self.counts["tokens"] += sum(segment.end - segment.begin for segment in segments)
+        num_rows = [segment.end - segment.begin for segment in segments]
+        self.counts["tokens"] += sum(num_rows)
+        self.counts["chunks"] += sum(
+            rows > 1 and not segment.samples
+            for rows, segment in zip(num_rows, segments, strict=True)
+        )
         sampling = [segment.sequence for segment in segments if segment.samples]
         draws = [Draw(item.params, item.seed, item.num_emitted) for item in sampling]
         drawn = sample(logits, draws)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flashserve.engine import attention
+from flashserve.engine import attention, experts
 from flashserve.engine.compat import ARCHITECTURES, check_config
 from flashserve.engine.runner import KVShape
 from flashserve.errors import CheckpointError, UnsupportedModelError
@@ -26,6 +26,10 @@ _DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+
+
+# Old checkpoints hold a frequency table for each layer; it follows from the config.
+_IGNORED = "rotary_emb.inv_freq"
 
 
 def choose_dtype(setting: str, tensors: Iterable[TensorSlice]) -> torch.dtype:
@@ -92,6 +96,7 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype, device: str = "me
                 f"config.json makes no {architecture}: {_line(error)}"
             ) from error
         raise
+    experts.unfuse(model)
     return model.eval()
 
 
@@ -120,7 +125,7 @@ def describe(config: dict[str, Any], tensors: Iterable[TensorSlice]) -> ModelDes
                 f"tensor {name} has shape {list(given[name].shape)}, config.json says {list(shape)}"
             )
     for name in given:
-        if name not in wanted:
+        if name not in wanted and not name.endswith(_IGNORED):
             raise CheckpointError(f"tensor {name} belongs to no part of the model")
     _probe(model)
     parsed: Any = model.config

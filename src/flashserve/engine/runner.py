@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from flashserve.engine.attention import AttentionStep, Slots, Span
+from flashserve.engine.experts import Experts
 from flashserve.engine.sequence import Segment, Sequence
 from flashserve.errors import UnavailableError
 
@@ -68,6 +69,9 @@ class Runner:
         self._kv = kv
         self._block_tokens = block_tokens
         self._min_rows = _INVARIANT_ROWS if batch_invariant else 1
+        for module in model.modules():
+            if isinstance(module, Experts):
+                module.min_rows = self._min_rows
 
     @torch.inference_mode()
     def run(self, segments: list[Segment]) -> torch.Tensor:
