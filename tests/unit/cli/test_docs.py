@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -81,3 +82,30 @@ def test_every_metric_is_documented() -> None:
     documented = set(re.findall(r"`(flashserve_\w+)`", page))
     served = re.findall(r"^# HELP (\w+)", render_metrics([]).decode(), flags=re.MULTILINE)
     assert documented == {name for name in served if not name.endswith("_created")}
+
+
+def test_architecture_names_things_that_exist() -> None:
+    source = DOCS.parent / "src" / "flashserve"
+    page = (DOCS.parent / "ARCHITECTURE.md").read_text()
+    packages = "|".join(path.name for path in source.iterdir() if path.is_dir())
+    names = re.findall(rf"`((?:{packages})(?:\.\w+)+)`", page)
+    assert len(names) > 40
+    missing = [name for name in names if not is_defined(source, name.split("."))]
+    assert not missing
+
+
+def is_defined(directory: Path, parts: list[str]) -> bool:
+    """A package, a module, or what it defines, looked up in the source without importing it."""
+    here = directory / parts[0]
+    if here.is_dir():
+        return len(parts) == 1 or is_defined(here, parts[1:])
+    module = here.with_suffix(".py")
+    return module.is_file() and defines(ast.parse(module.read_text()), parts[1:])
+
+
+def defines(scope: ast.AST, parts: list[str]) -> bool:
+    if not parts:
+        return True
+    named = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [n for n in ast.iter_child_nodes(scope) if isinstance(n, named) and n.name == parts[0]]
+    return any(defines(node, parts[1:]) for node in found)
