@@ -36,6 +36,7 @@ _MIGRATIONS = (
         has_chat_template INTEGER NOT NULL,
         identity TEXT NOT NULL,
         directory TEXT NOT NULL,
+        kv_bytes_per_token INTEGER NOT NULL,
         created_at REAL NOT NULL
     ) STRICT;
     CREATE TABLE arrivals (
@@ -59,6 +60,7 @@ class DeployedModel:
     identity: str
     """Of the source's content, as the store computes it; another one means other weights."""
     directory: Path
+    kv_bytes_per_token: int
     created_at: float
     """Unix time."""
 
@@ -167,7 +169,7 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
 def _read_models(connection: sqlite3.Connection) -> list[DeployedModel]:
     rows = connection.execute(
         "SELECT model_id, source, size_bytes, lowest_tier, keep_alive_s, architecture,"
-        " context_tokens, has_chat_template, identity, directory, created_at"
+        " context_tokens, has_chat_template, identity, directory, kv_bytes_per_token, created_at"
         " FROM models ORDER BY model_id"
     )
     return [_model_of(row) for row in rows]
@@ -175,7 +177,7 @@ def _read_models(connection: sqlite3.Connection) -> list[DeployedModel]:
 
 def _model_of(row: tuple[Any, ...]) -> DeployedModel:
     name, source, size, tier, keep_alive_s, architecture, context, chat, *rest = row
-    identity, directory, created_at = rest
+    identity, directory, kv_bytes_per_token, created_at = rest
     try:
         spec = ModelSpec(
             model_id=ModelId(name),
@@ -189,7 +191,7 @@ def _model_of(row: tuple[Any, ...]) -> DeployedModel:
         )
     except ValueError as error:
         raise _DamagedRowError(f"model {name}: {error}") from None
-    return DeployedModel(spec, identity, Path(directory), created_at)
+    return DeployedModel(spec, identity, Path(directory), kv_bytes_per_token, created_at)
 
 
 def _write_model(connection: sqlite3.Connection, model: DeployedModel) -> None:
@@ -205,9 +207,10 @@ def _write_model(connection: sqlite3.Connection, model: DeployedModel) -> None:
         int(spec.has_chat_template),
         model.identity,
         str(model.directory),
+        model.kv_bytes_per_token,
         model.created_at,
     )
-    connection.execute("INSERT OR REPLACE INTO models VALUES (?,?,?,?,?,?,?,?,?,?,?)", row)
+    connection.execute("INSERT OR REPLACE INTO models VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", row)
 
 
 def _delete_model(connection: sqlite3.Connection, model_id: ModelId) -> None:

@@ -35,6 +35,7 @@ def deployed(model_id: ModelId, **spec: object) -> DeployedModel:
         ModelSpec(model_id, **{**fields, **spec}),  # type: ignore[arg-type]
         identity="1234",
         directory=Path("/models") / model_id,
+        kv_bytes_per_token=1 << 20,
         created_at=1.5e9,
     )
 

@@ -8,29 +8,16 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tests.unit.live.tiny import TEMPLATE, byte_tokenizer, write_text
+from tokenizers import decoders, models
 
 from flashserve.errors import ChatTemplateError, CheckpointError, InputError, SourceError
 from flashserve.live.text import INLINE_CHARACTERS, ModelText, TextCache, encode_prompt, load_text
 
-TEMPLATE = "{% for m in messages %}<|im|>{{ m.content }}{% endfor %}"
-
-
-def byte_level_tokenizer() -> tokenizers.Tokenizer:
-    """One token per byte (id: rank of its stand-in), and <|im|> as the special token 256."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(
-        models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[])
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|im|>"])
-    return tokenizer
-
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    byte_level_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    write_text(tmp_path)
     return tmp_path
 
 
@@ -61,7 +48,7 @@ def test_sentencepiece_tokens_stand_for_a_space_and_for_single_bytes(tmp_path: P
 
 
 def test_truncation_and_padding_saved_with_a_tokenizer_do_not_apply(tmp_path: Path) -> None:
-    tokenizer = byte_level_tokenizer()
+    tokenizer = byte_tokenizer()
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=8)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
