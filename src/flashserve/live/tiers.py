@@ -45,7 +45,7 @@ async def take_from_tier(runtime: Runtime, model_id: ModelId, tier: Tier) -> Non
     """Evict a model once its running streams have ended; returns when its bytes are gone.
 
     Raises:
-        FlashServeError: the model or the node went away.
+        FlashServeError: what the node failed with, or the model or the node went away.
     """
     with runtime.watch() as handled:
         await runtime.apply(EvictRequested(model_id, tier))
@@ -55,6 +55,8 @@ async def take_from_tier(runtime: Runtime, model_id: ModelId, tier: Tier) -> Non
                 case Evicted(model_id=evicted_id) if evicted_id == model_id:
                     if runtime.controller.model_view(model_id).state != "draining":
                         return
+                case StageFailed(model_id=failed_id) if failed_id == model_id:
+                    raise error_from_code(event.code, event.message)
                 case _:
                     _check_still_there(event, model_id)
 

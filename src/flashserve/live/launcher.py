@@ -1,0 +1,86 @@
+"""Puts a server together from its parts, and takes it apart again in order."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+
+from flashserve.config import Settings
+from flashserve.control.controller import Controller
+from flashserve.errors import ConflictError, InputError
+from flashserve.live.catalogue import Catalogue
+from flashserve.live.runtime import Runtime
+from flashserve.live.service import Service
+from flashserve.node.agent import Agent
+from flashserve.node.client import Node
+
+_LOCK_NAME = "server.lock"
+
+
+@contextlib.asynccontextmanager
+async def launch(settings: Settings, nodes: Sequence[Node] | None = None) -> AsyncIterator[Service]:
+    """A running service, from its first worker's start to its last one's end.
+
+    Must be called on the main thread, because workers die with the thread that created them.
+    Leaving cuts off what still runs: `Service.drain` before that lets streams finish.
+
+    Args:
+        nodes: what serves the models, not started yet; None: this machine, in this process.
+
+    Raises:
+        ConflictError: another server has this data directory.
+        CatalogueError: the durable record cannot be read; the message has the remedy.
+        InputError: the data directory or the arena cannot be made.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(lock_data_dir(settings.data_dir))
+        catalogue = Catalogue(settings.data_dir)
+        stack.push_async_callback(catalogue.close)
+        await catalogue.open()
+        runtime = Runtime(
+            Controller(settings.policy), [Agent(settings)] if nodes is None else nodes
+        )
+        stack.push_async_callback(runtime.close)
+        await runtime.start()
+        service = Service(settings, runtime, catalogue)
+        stack.push_async_callback(service.close)
+        await service.start()
+        yield service
+
+
+@contextlib.contextmanager
+def lock_data_dir(data_dir: Path) -> Iterator[None]:
+    """One server per data directory; the kernel gives the lock back when a process dies.
+
+    Raises:
+        ConflictError: another process holds it; the message names the process.
+        InputError: the directory cannot be made or written.
+    """
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(data_dir / _LOCK_NAME, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise InputError(
+            f"data directory {data_dir} cannot be used: {error.strerror or error}"
+        ) from None
+    try:
+        _lock(lock, data_dir)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock(lock: int, data_dir: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
+        raise ConflictError(
+            f"another server (process {holder}) uses the data directory {data_dir};"
+            " stop it, or choose another with data_dir"
+        ) from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
