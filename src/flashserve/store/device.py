@@ -65,7 +65,9 @@ def bind(
     state: dict[str, torch.Tensor] = {}
     for name, expected in model.state_dict(keep_vars=True).items():
         if pieces := matched.get(name):
-            state[name] = _like(_gather(pieces, expected.shape, memory, dtype), expected)
+            state[name] = _gather(pieces, expected.shape, memory, dtype)
+            if not state[name].is_floating_point():
+                expected.requires_grad_(False)  # torch refuses a gradient to integers
     differing = _complete_tied(model, state)
     model.load_state_dict(state, strict=True, assign=True)
     if not differing:
@@ -232,13 +234,6 @@ def _view(tensor: TensorSlice, memory: ctypes.Array[ctypes.c_ubyte]) -> torch.Te
         aligned = bytearray(memoryview(memory).cast("B")[begin:end])
         return torch.frombuffer(aligned, dtype=dtype).view(tensor.shape)
     return torch.frombuffer(memory, dtype=dtype, count=count, offset=begin).view(tensor.shape)
-
-
-def _like(value: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """`value` as the parameter that it stands for; integers cannot require a gradient."""
-    if not isinstance(expected, nn.Parameter):
-        return value
-    return nn.Parameter(value, requires_grad=expected.requires_grad and value.is_floating_point())
 
 
 def _fill_buffers(model: nn.Module) -> None:

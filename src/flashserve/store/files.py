@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import msgspec
 
 from flashserve.errors import CheckpointError
 
@@ -74,10 +75,10 @@ def read_json(directory: Path, name: str, max_bytes: int = MAX_JSON_BYTES) -> di
                 raise CheckpointError(
                     f"{directory / name} has {size} bytes; at most {max_bytes} are read"
                 )
-            value = json.loads(file.read(max_bytes).decode("utf-8"))
+            value = msgspec.json.decode(file.read(max_bytes))
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{directory / name} is not JSON: {one_line(error)}") from None
     except OSError as error:
         raise CheckpointError(f"{directory / name} cannot be read: {one_line(error)}") from None

@@ -126,12 +126,8 @@ def _read_index(directory: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} has no valid weight_map: {one_line(error)}") from None
     if not placed:
         raise CheckpointError(f"{path} lists no tensor")
-    for name in set(placed.values()):
-        if (
-            not name.endswith(".safetensors")
-            or Path(name).is_absolute()
-            or ".." in Path(name).parts
-        ):
+    for name in sorted(set(placed.values())):
+        if not name.endswith(".safetensors") or Path(name).name != name:
             raise CheckpointError(f"{path} names {shown(name)}, which is no shard of the directory")
     return placed
 
@@ -146,7 +142,7 @@ def _join(directory: Path, names: list[str], placed: dict[str, str]) -> Layout:
             if entry.name in tensors or placed.get(entry.name, name) != name:
                 raise CheckpointError(
                     f"{directory / name} holds tensor {shown(entry.name)}, which belongs to "
-                    f"another shard"
+                    "another shard"
                 )
             tensors[entry.name] = entry
     for tensor, name in placed.items():
@@ -244,8 +240,9 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(name: str, value: Any, file_index: int, start: int) -> TensorEntry:
     """Offsets in the header count from the data area, those in the entry from the file's start."""
     try:
+        name.encode()  # JSON can spell half a surrogate pair, which is no text
         header = msgspec.convert(value, _Header)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:
         raise _DamageError(f"has a bad header: tensor {shown(name)}: {one_line(error)}") from None
     bits = DTYPE_BITS.get(header.dtype)
     if bits is None:
