@@ -143,7 +143,7 @@ def _all_subclasses(cls: type[FlashServeError]) -> list[type[FlashServeError]]:
 
 
 _BY_CODE: dict[str, type[FlashServeError]] = {
-    cls.code: cls for cls in reversed(_all_subclasses(FlashServeError))
+    cls.code: cls for cls in reversed(_all_subclasses(FlashServeError)[1:])
 }
 
 
