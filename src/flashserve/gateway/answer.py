@@ -16,7 +16,8 @@ from flashserve.gateway.stream import ABORTED, EventStream, ResponseWriter, Whol
 from flashserve.live.requests import GenerationRequest
 
 if TYPE_CHECKING:
-    from flashserve.live.service import Generation, Service
+    from flashserve.live.generation import Generation
+    from flashserve.live.service import Service
 
 _log = structlog.get_logger(__name__)
 

@@ -23,7 +23,7 @@ async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
     body = await _read(request, max_bytes)
     try:
         value = msgspec.json.decode(body)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise InputError(f"the body is not valid JSON: {error}") from None
     except RecursionError:
         raise InputError("the body is nested too deeply") from None

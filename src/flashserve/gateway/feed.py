@@ -13,8 +13,11 @@ from flashserve.errors import FlashServeError, InternalError
 from flashserve.live.requests import GenerationRequest, TextChunk
 
 if TYPE_CHECKING:
-    from flashserve.live.service import Generation, Service
+    from flashserve.live.generation import Generation
+    from flashserve.live.service import Service
 
+_MAX_WAITING = 256
+"""Chunks that may wait for a slow client; then the service is not asked for more."""
 _log = structlog.get_logger(__name__)
 
 
@@ -65,6 +68,8 @@ class Feed:
         self._receive = receive
         self._chunks: list[TextChunk] = []
         self._wake = asyncio.Event()
+        self._has_room = asyncio.Event()
+        self._has_room.set()
 
     async def __aenter__(self) -> Self:
         self._tasks = (asyncio.create_task(self._run()), asyncio.create_task(self._watch()))
@@ -89,6 +94,7 @@ class Feed:
     def take(self) -> list[TextChunk]:
         """Everything that has come since the last call, oldest first."""
         chunks, self._chunks = self._chunks, []
+        self._has_room.set()
         return chunks
 
     async def wait(self, timeout_s: float | None) -> bool:
@@ -110,6 +116,9 @@ class Feed:
                 if chunk.choice == 0:
                     self.pace.note(chunk)
                 self._wake.set()
+                if len(self._chunks) >= _MAX_WAITING:
+                    self._has_room.clear()
+                    await self._has_room.wait()
         except FlashServeError as error:
             self.error = error
         except Exception:

@@ -34,7 +34,7 @@ from flashserve.live.requests import GenerationRequest, Receipt, TextChunk
 from flashserve.types import Phases
 
 if TYPE_CHECKING:
-    from flashserve.live.service import Generation
+    from flashserve.live.generation import Generation
 
 OK = "ok"
 ABORTED = "aborted"
