@@ -1,0 +1,482 @@
+import concurrent.futures
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import hypothesis
+import hypothesis.stateful
+import pytest
+from hypothesis import strategies as st
+
+from flashserve.errors import (
+    CheckpointError,
+    ConflictError,
+    FlashServeError,
+    InputError,
+    InternalError,
+    ModelTooLargeError,
+    SourceError,
+    UnavailableError,
+)
+from flashserve.store import disk
+from flashserve.store.dram import EXTENT_ALIGNMENT as PAGE
+from flashserve.store.images import Flight
+from flashserve.store.store import Lease, StageReport, Store
+from flashserve.types import ModelId, ModelSpec, Tier
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(tmp_path / "data", 8 * PAGE, prefault=False)
+    yield store
+    store.close()
+
+
+def spec(directory: Path, name: str = "m") -> ModelSpec:
+    return ModelSpec(ModelId(name), str(directory), 0)
+
+
+M = ModelId("m")
+OTHER = ModelId("other")
+
+
+def image_bytes(store: Store, model_id: ModelId) -> bytes:
+    with store.lease(model_id) as lease, memoryview(store.arena._map) as memory:
+        return bytes(memory[lease.offset : lease.offset + lease.snapshot.layout.image_bytes])
+
+
+def test_staging_brings_the_file_into_dram(tmp_path, store, write_checkpoint):
+    directory = write_checkpoint(tmp_path / "model")
+    data = (directory / "model.safetensors").read_bytes()
+    report = store.stage(spec(directory), Tier.DRAM)
+    assert report.num_bytes == len(data)
+    assert report.dram_s > 0
+    assert image_bytes(store, M)[: len(data)] == data
+    assert store.tier(spec(directory)) is Tier.DRAM
+    assert store.dram_bytes(M) == store.usage().used == PAGE
+    assert store.extent(M) == (0, PAGE)
+    store.verify(M)
+
+
+def test_tensors_lie_in_the_arena_as_in_the_files(tmp_path, store, write_checkpoint, two_shards):
+    write_checkpoint(tmp_path / "filler", seed=1)
+    store.stage(spec(tmp_path / "filler", "filler"), Tier.DRAM)
+    store.stage(spec(write_checkpoint(tmp_path / "model", two_shards)), Tier.DRAM)
+    wanted = {name: value for shard in two_shards.values() for name, value in shard.items()}
+    with store.lease(M) as lease, memoryview(store.arena._map) as memory:
+        assert lease.tensors == store.tensors(M)
+        found = {
+            each.name: bytes(memory[each.offset : each.offset + each.num_bytes])
+            for each in lease.tensors
+        }
+    assert found == {name: value.tobytes() for name, value in wanted.items()}
+
+
+def test_a_hit_moves_nothing(tmp_path, store, write_checkpoint, monkeypatch):
+    model = spec(write_checkpoint(tmp_path / "model"))
+    store.stage(model, Tier.DRAM)
+    monkeypatch.setattr(disk, "read_image", None)
+    assert store.stage(model, Tier.DRAM) == StageReport()
+
+
+def test_two_models_of_one_source_share_their_bytes(tmp_path, store, write_checkpoint):
+    directory = write_checkpoint(tmp_path / "model")
+    (tmp_path / "link").symlink_to(directory)
+    store.stage(spec(directory), Tier.DRAM)
+    assert store.stage(spec(tmp_path / "link", "other"), Tier.DRAM) == StageReport()
+    assert store.usage().used == PAGE
+    assert store.extent(M) == store.extent(OTHER)
+    assert store.evict(M, Tier.DRAM) == 0
+    assert store.tier(spec(directory)) is Tier.DISK
+    store.verify(OTHER)
+    assert store.evict(OTHER, Tier.DRAM) == PAGE
+
+
+def test_staging_to_disk_only_asks_for_the_files(tmp_path, store, write_checkpoint):
+    assert store.stage(spec(write_checkpoint(tmp_path / "model")), Tier.DISK).num_bytes == 0
+    assert store.usage().used == 0
+    with pytest.raises(SourceError):
+        store.stage(spec(tmp_path / "missing"), Tier.DISK)
+
+
+@pytest.mark.parametrize("tier", [Tier.REMOTE, Tier.DEVICE])
+def test_other_tiers_cannot_be_staged_to(tmp_path, store, write_checkpoint, tier):
+    with pytest.raises(InputError, match=tier.label):
+        store.stage(spec(write_checkpoint(tmp_path / "model")), tier)
+
+
+def test_many_callers_share_one_read(tmp_path, store, write_checkpoint, monkeypatch):
+    directory = write_checkpoint(tmp_path / "model")
+    read_image, wait, num_reads = disk.read_image, Flight.wait, []
+    waiting = threading.Semaphore(0)
+
+    def read_when_all_wait(*args, **options):
+        num_reads.append(1)
+        for _ in range(7):
+            waiting.acquire()
+        return read_image(*args, **options)
+
+    def count_and_wait(flight: Flight) -> None:
+        waiting.release()
+        wait(flight)
+
+    monkeypatch.setattr(disk, "read_image", read_when_all_wait)
+    monkeypatch.setattr(Flight, "wait", count_and_wait)
+    progress: list[tuple[int, int]] = []
+
+    def stage(index: int) -> StageReport:
+        told = lambda *call: progress.append((index, *call))  # noqa: E731
+        return store.stage(spec(directory, f"m{index}"), Tier.DRAM, told)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        reports = list(pool.map(stage, range(8)))
+    assert num_reads == [1]
+    size = (directory / "model.safetensors").stat().st_size
+    assert sorted(report.num_bytes for report in reports) == [0] * 7 + [size]
+    assert sorted(progress) == [(index, size, size) for index in range(8)]
+    assert store.usage().used == PAGE
+    assert {store.extent(ModelId(f"m{index}")) for index in range(8)} == {(0, PAGE)}
+
+
+def test_everybody_hears_of_a_failed_read(tmp_path, store, write_checkpoint, monkeypatch):
+    directory = write_checkpoint(tmp_path / "model")
+    entered, joined = threading.Event(), threading.Event()
+    wait = Flight.wait
+
+    def fail(*args, **options):
+        entered.set()
+        joined.wait()
+        raise SourceError("disk on fire")
+
+    def tell_and_wait(flight: Flight) -> None:
+        joined.set()
+        wait(flight)
+
+    monkeypatch.setattr(disk, "read_image", fail)
+    monkeypatch.setattr(Flight, "wait", tell_and_wait)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(store.stage, spec(directory), Tier.DRAM)
+        entered.wait()
+        second = pool.submit(store.stage, spec(directory, "other"), Tier.DRAM)
+        errors = [first.exception(), second.exception()]
+    for error in errors:
+        assert isinstance(error, SourceError)
+        assert error.message == "disk on fire"
+    assert store.usage().used == 0
+    assert store.tier(spec(directory)) is Tier.DISK
+
+
+def test_a_failed_read_leaves_nothing_and_can_be_repeated(
+    tmp_path, store, write_checkpoint, monkeypatch
+):
+    model = spec(write_checkpoint(tmp_path / "model"))
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "checksum", lambda data: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            store.stage(model, Tier.DRAM)
+    assert store.usage().used == 0
+    assert store.dram_bytes(M) == 0
+    with pytest.raises(ConflictError, match="not in DRAM"):
+        store.lease(M)
+    store.stage(model, Tier.DRAM)
+    store.verify(M)
+
+
+def test_a_bug_under_a_read_is_told_to_those_who_wait():
+    flight = Flight()
+    flight.error = ZeroDivisionError("oops")
+    flight.landed.set()
+    with pytest.raises(InternalError, match="oops"):
+        flight.wait()
+
+
+def test_a_source_that_changed_is_read_again(tmp_path, store, write_checkpoint):
+    directory = write_checkpoint(tmp_path / "model", seed=1)
+    store.stage(spec(directory), Tier.DRAM)
+    write_checkpoint(directory, 3000, seed=2)
+    report = store.stage(spec(directory), Tier.DRAM)
+    data = (directory / "model.safetensors").read_bytes()
+    assert report.num_bytes == len(data)
+    assert image_bytes(store, M)[: len(data)] == data
+    assert store.usage().used == PAGE
+
+
+def test_old_bytes_stay_while_they_are_leased(tmp_path, store, write_checkpoint):
+    directory = write_checkpoint(tmp_path / "model", seed=1)
+    old = (directory / "model.safetensors").read_bytes()
+    store.stage(spec(directory), Tier.DRAM)
+    lease = store.lease(M)
+    write_checkpoint(directory, seed=2)
+    store.stage(spec(directory), Tier.DRAM)
+    assert store.usage().used == 2 * PAGE
+    assert store.extent(M)[0] != lease.offset
+    with memoryview(store.arena._map) as memory:
+        assert memory[lease.offset : lease.offset + len(old)] == old
+    lease.release()
+    assert store.usage().used == PAGE
+    store.verify(M)
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(
+    tmp_path, store, write_checkpoint, monkeypatch
+):
+    directory = write_checkpoint(tmp_path / "model")
+    read_image = disk.read_image
+
+    def meddle(*args, **options):
+        os.utime(directory / "model.safetensors", ns=(1, 1))
+        return read_image(*args, **options)
+
+    monkeypatch.setattr(disk, "read_image", meddle)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        store.stage(spec(directory), Tier.DRAM)
+    assert store.usage().used == 0
+
+
+def test_a_leased_model_is_not_evicted(tmp_path, store, write_checkpoint):
+    store.stage(spec(write_checkpoint(tmp_path / "model")), Tier.DRAM)
+    first, second = store.lease(M), store.lease(M)
+    first.release()
+    first.release()
+    with pytest.raises(ConflictError, match="in use"):
+        store.evict(M, Tier.DRAM)
+    second.release()
+    assert store.evict(M, Tier.DISK) == PAGE
+    assert store.evict(M, Tier.DRAM) == 0
+
+
+def test_evicting_the_device_tier_is_not_the_stores_work(tmp_path, store, write_checkpoint):
+    store.stage(spec(write_checkpoint(tmp_path / "model")), Tier.DRAM)
+    assert store.evict(M, Tier.DEVICE) == 0
+    assert store.dram_bytes(M) == PAGE
+
+
+def test_a_forgotten_model_goes_with_its_last_lease(tmp_path, store, write_checkpoint):
+    directory = write_checkpoint(tmp_path / "model")
+    store.stage(spec(directory), Tier.DRAM)
+    with store.lease(M):
+        store.forget(M)
+        assert store.usage().used == PAGE
+        with pytest.raises(ConflictError):
+            store.lease(M)
+        assert store.stage(spec(directory, "other"), Tier.DRAM) == StageReport()
+        store.forget(OTHER)
+    assert store.usage().used == 0
+
+
+def test_a_model_that_is_forgotten_or_evicted_while_it_is_staged(tmp_path, store, write_checkpoint):
+    def meddle(*_: int) -> None:
+        with pytest.raises(ConflictError, match="being staged"):
+            store.evict(M, Tier.DRAM)
+        store.forget(M)
+
+    with pytest.raises(ConflictError, match="deleted"):
+        store.stage(spec(write_checkpoint(tmp_path / "model")), Tier.DRAM, meddle)
+    assert store.usage().used == 0
+
+
+def test_a_model_larger_than_the_arena_is_refused_with_both_sizes(
+    tmp_path, store, write_checkpoint
+):
+    directory = write_checkpoint(tmp_path / "model", 8 * PAGE)
+    size = (directory / "model.safetensors").stat().st_size
+    with pytest.raises(ModelTooLargeError, match=rf"{size}.*{8 * PAGE}"):
+        store.inspect(str(directory))
+    with pytest.raises(ModelTooLargeError, match=str(8 * PAGE)):
+        store.stage(spec(directory), Tier.DRAM)
+
+
+def test_no_room_now_is_told(tmp_path, store, write_checkpoint):
+    store.stage(spec(write_checkpoint(tmp_path / "model", 5 * PAGE)), Tier.DRAM)
+    large = spec(write_checkpoint(tmp_path / "large", 3 * PAGE), "large")
+    with pytest.raises(UnavailableError, match="no room"):
+        store.stage(large, Tier.DRAM)
+    store.evict(M, Tier.DRAM)
+    store.stage(large, Tier.DRAM)
+
+
+def test_damage_in_dram_is_found_and_named(tmp_path, store, write_checkpoint, two_shards):
+    store.stage(spec(write_checkpoint(tmp_path / "model", two_shards)), Tier.DRAM)
+    store.verify(M)
+    with store.lease(M) as lease:
+        tensor = next(each for each in lease.tensors if each.name == "c")
+        with store.arena.memory(next(iter(store._images.values())).extent) as memory:
+            memory[tensor.offset - lease.offset] ^= 1
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors in DRAM is dam"):
+        store.verify(M)
+
+
+def test_inspecting_reads_no_weights(tmp_path, store, write_checkpoint):
+    directory = write_checkpoint(tmp_path / "model", config={"model_type": "x"})
+    found = store.inspect(str(directory))
+    assert found.config == {"model_type": "x"}
+    assert store.usage().used == 0
+    store.stage(spec(directory), Tier.DRAM)
+    assert store.snapshot(M) == found
+
+
+def test_a_closed_store_refuses_work_and_takes_back_leases(tmp_path, write_checkpoint):
+    fds, threads = len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+    store = Store(tmp_path, 64 * PAGE, prefault=True)
+    model = spec(write_checkpoint(tmp_path / "model"))
+    store.stage(model, Tier.DRAM)
+    lease = store.lease(M)
+    store.close()
+    lease.release()
+    for call in (lambda: store.stage(model, Tier.DRAM), lambda: store.lease(M)):
+        with pytest.raises(UnavailableError, match="closed"):
+            call()
+    assert len(list(Path("/proc/self/fd").iterdir())) == fds
+    assert threading.active_count() == threads
+
+
+def test_closing_ends_a_read_under_way(tmp_path, write_checkpoint, monkeypatch):
+    monkeypatch.setattr(disk, "CHUNK_BYTES", 1000)
+    store = Store(tmp_path, 8 * PAGE, prefault=False)
+    model = spec(write_checkpoint(tmp_path / "model", PAGE))
+    entered = threading.Event()
+
+    def wait_for_close(*_: int) -> None:
+        entered.set()
+        store._stopping.wait()
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        staging = pool.submit(store.stage, model, Tier.DRAM, wait_for_close)
+        entered.wait()
+        store.close()
+        with pytest.raises(UnavailableError, match="closing"):
+            staging.result()
+
+
+def test_the_store_needs_no_tensor_library():
+    modules = ["store", "layout", "source", "snapshot", "disk", "dram", "demo"]
+    code = "import sys, json\n"
+    code += "".join(f"import flashserve.store.{name}\n" for name in modules)
+    code += "print(json.dumps(sorted({'torch', 'transformers'} & set(sys.modules))))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
+
+
+class StoreMachine(hypothesis.stateful.RuleBasedStateMachine):
+    """Stage, change, lease, release, evict and forget in any order, with room for about half."""
+
+    SIZES = (1, 2, 3, 2)
+    names = st.sampled_from([ModelId(f"m{index}") for index in range(5)])
+
+    @hypothesis.stateful.initialize()
+    def start(self) -> None:
+        self.directory = tempfile.TemporaryDirectory()
+        self.root = Path(self.directory.name)
+        self.store = Store(self.root, 5 * PAGE, prefault=False)
+        self.version = 0
+        for index in range(len(self.SIZES)):
+            self.write(index)
+        self.staged: dict[ModelId, bytes] = {}
+        self.leases: list[tuple[Lease, bytes]] = []
+
+    def teardown(self) -> None:
+        for lease, _ in self.leases:
+            lease.release()
+        self.store.close()
+        self.directory.cleanup()
+
+    def write(self, index: int) -> None:
+        """A new version: sparse, so that it takes no time, with a mark at both ends."""
+        self.version += 1
+        num_bytes = self.SIZES[index] * PAGE
+        header = b'{"w":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}'
+        size = num_bytes - 8 - 70
+        encoded = (header % (size, size)).ljust(70)
+        path = self.root / str(index) / "model.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(len(encoded).to_bytes(8, "little") + encoded)
+        mark = self.version.to_bytes(4, "little")
+        with path.open("r+b") as file:
+            file.seek(num_bytes - 4)
+            file.write(mark)
+        os.utime(path, ns=(0, self.version))
+        (path.parent / "config.json").write_text("{}")
+
+    def mark(self, index: int) -> bytes:
+        return (self.root / str(index) / "model.safetensors").read_bytes()[-4:]
+
+    @hypothesis.stateful.rule(name=names, index=st.integers(0, 3))
+    def stage(self, name: ModelId, index: int) -> None:
+        try:
+            self.store.stage(spec(self.root / str(index), name), Tier.DRAM)
+        except UnavailableError:
+            self.staged.pop(name, None)
+        else:
+            self.staged[name] = self.mark(index)
+
+    @hypothesis.stateful.rule(index=st.integers(0, 3))
+    def change(self, index: int) -> None:
+        self.write(index)
+
+    @hypothesis.stateful.rule(name=names)
+    def lease(self, name: ModelId) -> None:
+        if name in self.staged:
+            self.leases.append((self.store.lease(name), self.staged[name]))
+        else:
+            with pytest.raises(ConflictError):
+                self.store.lease(name)
+
+    @hypothesis.stateful.rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        if self.leases:
+            index = data.draw(st.integers(0, len(self.leases) - 1))
+            self.leases.pop(index)[0].release()
+
+    @hypothesis.stateful.rule(name=names)
+    def evict(self, name: ModelId) -> None:
+        used = self.store.usage().used
+        try:
+            freed = self.store.evict(name, Tier.DRAM)
+        except FlashServeError:
+            assert any(lease.model_id == name for lease, _ in self.leases)
+        else:
+            self.staged.pop(name, None)
+            assert self.store.usage().used == used - freed
+
+    @hypothesis.stateful.rule(name=names)
+    def forget(self, name: ModelId) -> None:
+        self.store.forget(name)
+        self.staged.pop(name, None)
+
+    @hypothesis.stateful.invariant()
+    def leased_bytes_are_untouched(self) -> None:
+        ranges = set()
+        for lease, mark in self.leases:
+            size = lease.snapshot.layout.size_bytes
+            found = self.store.arena._map[lease.offset + size - 4 : lease.offset + size]
+            assert found == mark
+            ranges.add((lease.offset, lease.offset + lease.num_bytes))
+        ordered = sorted(ranges)
+        for (_, end), (begin, _) in itertools.pairwise(ordered):
+            assert end <= begin
+
+    @hypothesis.stateful.invariant()
+    def staged_bytes_are_those_of_the_file(self) -> None:
+        for name, mark in self.staged.items():
+            with self.store.lease(name) as lease:
+                end = lease.offset + lease.snapshot.layout.size_bytes
+                assert self.store.arena._map[end - 4 : end] == mark
+
+    @hypothesis.stateful.invariant()
+    def memory_is_conserved(self) -> None:
+        usage = self.store.usage()
+        assert usage.used + usage.free == usage.total
+        images = {self.store.extent(name) for name in self.staged}
+        images |= {(lease.offset, lease.num_bytes) for lease, _ in self.leases}
+        assert usage.used == sum(num_bytes for _, num_bytes in images)
+
+
+TestStoreMachine = StoreMachine.TestCase
+TestStoreMachine.settings = hypothesis.settings(
+    max_examples=30, stateful_step_count=30, deadline=None
+)
