@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncGenerator, Callable, Coroutine, Hashable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Any
 
 import structlog
@@ -31,6 +31,7 @@ from flashserve.messages.work import (
     WorkerStats,
 )
 from flashserve.node.client import ModelResidence, NodeStats
+from flashserve.node.hints import Hints
 from flashserve.node.pool import Launcher, Worker, WorkerPool
 from flashserve.node.process import WORKER_COMMAND, threads_per_worker
 from flashserve.node.replica import Replica, staged_events
@@ -82,7 +83,7 @@ class Agent:
         self._on_event: Callable[[NodeEvent], None] = _ignore
         self._replicas: dict[ReplicaId, Replica] = {}
         self._models: dict[ModelId, ModelSpec] = {}
-        self._hints: dict[ModelId, Prepare] = {}
+        self._hints = Hints()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, on_event: Callable[[NodeEvent], None]) -> None:
@@ -198,7 +199,7 @@ class Agent:
             ),
             node.num_workers,
             on_ready=lambda _: self._report_workers(),
-            on_spare=self._hint_spare,
+            on_spare=self._hints.send_all,
             on_lost=self._worker_lost,
         )
         self._pool.start()
@@ -215,7 +216,7 @@ class Agent:
             if known.ready is not None and not known.is_ending:
                 self._emit(known.ready)
             return
-        replica = Replica(order, self._pool, self._queue, self._emit, self._hint_all)
+        replica = Replica(order, self._pool, self._queue, self._emit, self._hint)
         self._replicas[order.replica_id] = replica
         replica.task.add_done_callback(lambda _: self._replicas.pop(order.replica_id))
 
@@ -239,7 +240,7 @@ class Agent:
         for event in events:
             self._emit(event)
         if staged.hint is not None:
-            self._hint_all(model_id, staged.hint)
+            self._hint(model_id, staged.hint)
 
     def _evict_operation(self, order: Evict) -> Operation[int]:
         """After the model's replicas that are ending: they hold leases until they have ended."""
@@ -257,9 +258,7 @@ class Agent:
         except Exception as error:
             self._stage_failed(order, error)
             return
-        if hint := self._hints.pop(order.model.model_id, None):
-            for worker in self._pool.ready:
-                worker.hinted.discard(_hint_key(order.model.model_id, hint))
+        self._hints.forget(order.model.model_id, self._pool.ready)
         self._emit(Evicted(order.node_id, order.model.model_id, order.tier))
 
     def _stage_failed(self, order: Stage | Evict, error: Exception) -> None:
@@ -287,21 +286,8 @@ class Agent:
     def _report_workers(self) -> None:
         self._emit(WorkersChanged(self.spec.node_id, self._pool.num_ready))
 
-    def _hint_all(self, model_id: ModelId, hint: Prepare) -> None:
-        """Spare workers prepare for the model now, the others when they are spare again."""
-        self._hints[model_id] = hint
-        for worker in self._pool.spare:
-            self._send_hint(worker, model_id, hint)
-
-    def _hint_spare(self, worker: Worker) -> None:
-        for model_id, hint in self._hints.items():
-            self._send_hint(worker, model_id, hint)
-
-    def _send_hint(self, worker: Worker, model_id: ModelId, hint: Prepare) -> None:
-        key = _hint_key(model_id, hint)
-        if key not in worker.hinted:
-            worker.hinted.add(key)
-            worker.channel.notify("prepare", hint)
+    def _hint(self, model_id: ModelId, hint: Prepare) -> None:
+        self._hints.add(model_id, hint, self._pool.spare)
 
     async def _description(self, order: DescribeModel) -> ModelDescription:
         await self._pool.wait_any_ready()
@@ -337,7 +323,3 @@ class Agent:
 
 def _ignore(event: NodeEvent) -> None:
     """Events before somebody listens, or after nobody does."""
-
-
-def _hint_key(model_id: ModelId, hint: Prepare) -> Hashable:
-    return model_id, hint.offset, hint.num_bytes

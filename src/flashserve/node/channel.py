@@ -200,6 +200,12 @@ class Channel(asyncio.Protocol):
             self._flush()
             self._transport.close()
 
+    def abort(self, error: FlashServeError) -> None:
+        """Ends the connection without waiting for the peer to take what is queued."""
+        self._error = self._error or error
+        if self._transport is not None:
+            self._transport.abort()
+
     async def wait_closed(self) -> None:
         await asyncio.shield(self._closed)
 
@@ -213,9 +219,7 @@ class Channel(asyncio.Protocol):
             for frame in self._decoder.feed(data):
                 self._receive(frame)
         except WireError as error:
-            self._error = error
-            if self._transport is not None:
-                self._transport.abort()
+            self.abort(error)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._error is None and exc is not None:

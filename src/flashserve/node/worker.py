@@ -16,9 +16,6 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from flashserve.config import EngineSettings
-from flashserve.errors import WireError
-
 _PR_SET_PDEATHSIG = 1
 _EXIT_PARENT_GONE = 0
 _EXIT_ENGINE = 70
@@ -51,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     link_socket = socket.socket(fileno=arguments.socket_fd)
     # Imported only now: the tensor library takes seconds, in which the parent may die.
+    from flashserve.config import EngineSettings
+    from flashserve.errors import WireError
     from flashserve.node.hosting import start_host
     from flashserve.node.link import Link
     from flashserve.node.serving import EngineUnusableError, Serving
