@@ -29,8 +29,9 @@ def damaged(checkpoint: Path, directory: Path, damage: Damage) -> Path:
     return directory
 
 
-def link_weights(checkpoint: Path, directory: Path) -> None:
-    (directory / WEIGHTS).symlink_to(checkpoint / WEIGHTS)
+def zero_weights(checkpoint: Path, directory: Path) -> None:
+    """Weights of the right names and shapes that take no space."""
+    _write_sparse(checkpoint, directory, *read_header(checkpoint))
 
 
 def truncated(checkpoint: Path, directory: Path) -> None:
@@ -60,32 +61,32 @@ def endless_header(_checkpoint: Path, directory: Path) -> None:
 
 
 def unsupported_architecture(checkpoint: Path, directory: Path) -> None:
-    link_weights(checkpoint, directory)
+    zero_weights(checkpoint, directory)
     _edit_config(directory, architectures=["MambaForCausalLM"], model_type="mamba")
 
 
 def unsupported_rope(checkpoint: Path, directory: Path) -> None:
-    link_weights(checkpoint, directory)
+    zero_weights(checkpoint, directory)
     _edit_config(directory, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
 
 
 def config_mismatch(checkpoint: Path, directory: Path) -> None:
-    link_weights(checkpoint, directory)
+    zero_weights(checkpoint, directory)
     _edit_config(directory, intermediate_size=999)
 
 
 def missing_layer(checkpoint: Path, directory: Path) -> None:
-    link_weights(checkpoint, directory)
+    zero_weights(checkpoint, directory)
     _edit_config(directory, num_hidden_layers=31)
 
 
 def remote_code(checkpoint: Path, directory: Path) -> None:
-    link_weights(checkpoint, directory)
+    zero_weights(checkpoint, directory)
     _edit_config(directory, auto_map={"AutoModelForCausalLM": "modeling.Evil"})
 
 
 def broken_config(checkpoint: Path, directory: Path) -> None:
-    link_weights(checkpoint, directory)
+    zero_weights(checkpoint, directory)
     (directory / "config.json").write_text("{not json")
 
 

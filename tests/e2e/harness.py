@@ -135,10 +135,14 @@ class Server:
         assert done.returncode == 0, f"{args}: {done.stderr}\n{self.log()}"
         return done.stdout
 
-    def model(self, name: str = MODEL) -> dict[str, Any]:
+    def models(self) -> dict[str, dict[str, Any]]:
+        """Every deployed model by its name."""
         with self.admin() as admin:
             listed = admin.get("/admin/v1/models").raise_for_status().json()["data"]
-        return next(model for model in listed if model["name"] == name)
+        return {model["name"]: model for model in listed}
+
+    def model(self, name: str = MODEL) -> dict[str, Any]:
+        return self.models()[name]
 
     def admin(self) -> httpx.Client:
         """The API through the private socket: trusted, needs no key."""

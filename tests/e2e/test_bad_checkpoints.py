@@ -35,8 +35,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(
     assert done.returncode == 1, done.stdout
     assert any(word.lower() in error.lower() for word in named), error
     assert "unexpected" not in error
-    listed = [model["name"] for model in server.admin().get("/admin/v1/models").json()["data"]]
-    assert "bad" not in listed
+    assert "bad" not in server.models()
     assert "Paris" in server.ask(max_tokens=8)
 
 
@@ -54,12 +53,18 @@ def test_a_source_that_is_not_there_yet_is_refused(server: Server, source: str) 
     assert source.split(":", maxsplit=1)[0] in error_line(done.stderr)
 
 
-def test_a_taken_name_is_refused_and_can_be_replaced(server: Server, checkpoint: Path) -> None:
-    done = server.cli("deploy", MODEL, str(checkpoint))
+def test_a_taken_name_is_refused_and_can_be_replaced(
+    server: Server, checkpoint: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "the-same-elsewhere"
+    other.symlink_to(checkpoint, target_is_directory=True)
+    done = server.cli("deploy", MODEL, str(other))
     assert done.returncode == 1
-    assert MODEL in error_line(done.stderr)
-    assert server.cli("deploy", MODEL, str(checkpoint), "--replace").returncode == 0
+    assert str(checkpoint) in error_line(done.stderr)
+    server.succeed("deploy", MODEL, str(other), "--replace")
+    assert server.model()["source"] == str(other)
     assert "Paris" in server.ask(max_tokens=8)
+    server.succeed("deploy", MODEL, str(checkpoint), "--replace")
 
 
 def error_line(stderr: str) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from tests.e2e.checkpoints import WEIGHTS, damaged, zero_weights
 from tests.e2e.harness import MODEL, QUESTION, Server, chat_body, eventually, running
 from tests.e2e.test_bad_checkpoints import error_line
 
@@ -80,23 +83,17 @@ def test_a_model_larger_than_the_arena_is_refused_with_both_sizes(checkpoint: Pa
 def test_a_model_that_disappears_fails_its_requests_and_nobody_elses(
     tight_server: Server, checkpoint: Path, tmp_path: Path
 ) -> None:
-    moved = tmp_path / "vanishing"
-    moved.mkdir()
-    for file in checkpoint.iterdir():
-        (moved / file.name).symlink_to(file)
-    tight_server.succeed("deploy", "vanishing", str(moved))
-    (moved / "model.safetensors").unlink()
+    directory = damaged(checkpoint, tmp_path / "vanishing", zero_weights)
+    tight_server.succeed("deploy", "vanishing", str(directory))
+    (directory / WEIGHTS).unlink()
     reply = ask(tight_server, model="vanishing")
     assert reply.status_code in {422, 503}
-    assert "model.safetensors" in reply.json()["error"]["message"]
+    assert WEIGHTS in reply.json()["error"]["message"]
     assert "Paris" in tight_server.ask(max_tokens=8)
     tight_server.succeed("delete", "vanishing")
 
 
 def test_ctrl_c_of_run_aborts_the_generation(tight_server: Server) -> None:
-    import subprocess
-    import sys
-
     command = [sys.executable, "-m", "flashserve.cli.main", "run", MODEL, QUESTION]
     with subprocess.Popen(
         [*command, "--max-tokens", "4000", "--temperature", "1"],

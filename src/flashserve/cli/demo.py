@@ -25,7 +25,7 @@ from flashserve.cli.client import Client, connect
 from flashserve.cli.generate import answer_chunks, collect
 from flashserve.errors import FlashServeError, InternalError, UnavailableError
 
-QUESTION = "What is the capital of France, and what is it known for?"
+QUESTION = "What is the capital of France?"
 MODEL = "smollm2"
 KEEP_ALIVE_S = 2.0
 PHASES = ("queue", "place", "fetch", "dram", "device", "init", "prefill")
@@ -56,7 +56,7 @@ def show(checkpoint: Path) -> None:
         FlashServeError: a step failed, or something was left behind.
     """
     shared_memory = _names(_SHARED_MEMORY)
-    _say("The model: SmolLM2-135M-Instruct, converted once and kept in .demo")
+    _say("The model: SmolLM2-135M-Instruct, converted once and kept")
     if subprocess.run(  # noqa: S603
         [sys.executable, "-m", "flashserve.store.demo", str(checkpoint)], check=False
     ).returncode:
@@ -109,7 +109,7 @@ def _ask_from_every_tier(client: Client) -> None:
     client.evict(MODEL, "dram")
     client.stage(MODEL, "dram")
     receipts["dram"] = _ask(client, "2. Cold, its bytes staged in DRAM")
-    receipts["warm"] = _ask(client, "3. Warm (the prompt's prefix is reused)")
+    receipts["warm"] = _ask(client, "3. Warm")
     _await(lambda: client.models()[0]["state"] == "cold", "the keep-alive is over")
     receipts["after zero"] = _ask(client, "4. Scaled to zero by its keep-alive, woken again")
     console.print_line("\nWhere the time to the first token went: predicted / actual, in ms\n")

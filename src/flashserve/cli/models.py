@@ -136,4 +136,5 @@ def _print_model(model: dict[str, Any], *, as_json: bool) -> None:
         console.print_json(model)
         return
     size = console.human_bytes(model["size_bytes"])
-    console.print_line(f"{model['name']} is {model['state']}, its {size} in {model['tier']}")
+    where = "in DRAM" if model["tier"] == "dram" else f"on {model['tier']}"
+    console.print_line(f"{model['name']} is {model['state']}, its {size} {where}")
