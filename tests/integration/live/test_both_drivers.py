@@ -1,0 +1,165 @@
+"""One script of events through both drivers, simulated and live, gives the same commands."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import pytest
+from tests.unit.live.script import ScriptClock, settle
+
+from flashserve.config import PolicySettings
+from flashserve.control.controller import Controller
+from flashserve.live.runtime import Runtime
+from flashserve.messages.commands import (
+    Command,
+    Dispatch,
+    Evict,
+    Hold,
+    NodeCommand,
+    Reject,
+    Stage,
+    StartReplica,
+    StopReplica,
+)
+from flashserve.messages.events import (
+    DrainStarted,
+    Event,
+    EvictRequested,
+    ModelDeleted,
+    ModelDeployed,
+    NodeEvent,
+    ReplicaLost,
+    RequestArrived,
+    StageRequested,
+)
+from flashserve.sim.loop import Simulation
+from flashserve.sim.nodes import ModelledNode, Report, Speeds
+from flashserve.types import ModelId, ModelSpec, NodeId, NodeSpec, ReplicaId, RequestId, Tier
+
+pytestmark = pytest.mark.integration
+Timed = list[tuple[float, Command]]
+
+SETTINGS = PolicySettings(keep_alive_s=40.0, queue_limit=3, deadline_s=20.0, slot_patience_s=4.0)
+SPECS = [
+    NodeSpec(NodeId("near"), epoch=1, num_workers=1, dram_bytes=3 << 30, max_sequences=2),
+    NodeSpec(NodeId("wide"), epoch=1, num_workers=2, dram_bytes=2 << 30, max_sequences=2),
+]
+SIZES = {"a": 1 << 30, "b": 1 << 30, "c": 1 << 29, "d": 3 << 28, "huge": 9 << 30}
+
+
+def script() -> list[tuple[float, Event]]:
+    """Deployments, bursts that overflow, a lost replica, orders by hand, and the end.
+
+    No two times are equal, because only the simulation says what comes first then.
+    """
+    steps: list[tuple[float, Event]] = [
+        (0.1 + 0.001 * i, ModelDeployed(ModelSpec(ModelId(name), f"/{name}", size)))
+        for i, (name, size) in enumerate(SIZES.items())
+    ]
+    arrivals = [*"aaaaaaaab", "huge", *"bcccadbacd"]
+    steps += [
+        (1.0 + 0.61 * i, RequestArrived(RequestId(f"r{i}"), ModelId(name), 10))
+        for i, name in enumerate(arrivals)
+    ]
+    steps += [
+        (5.0317, ReplicaLost(NodeId("wide"), ReplicaId("a#1"), ModelId("a"), "killed")),
+        (5.0319, ReplicaLost(NodeId("near"), ReplicaId("a#1"), ModelId("a"), "killed")),
+        (30.03, EvictRequested(ModelId("a"), Tier.DRAM)),
+        (31.07, StageRequested(ModelId("d"), Tier.DRAM)),
+        (90.013, RequestArrived(RequestId("late"), ModelId("d"))),
+        (91.017, ModelDeleted(ModelId("c"))),
+        (92.019, RequestArrived(RequestId("gone"), ModelId("c"))),
+        (93.023, RequestArrived(RequestId("last"), ModelId("b"), deadline_s=0.01)),
+        (94.029, DrainStarted()),
+        (94.031, RequestArrived(RequestId("refused"), ModelId("a"))),
+    ]
+    return sorted(steps, key=lambda step: step[0])
+
+
+class RecordedController(Controller):
+    def __init__(self) -> None:
+        super().__init__(SETTINGS)
+        self.given: Timed = []
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        commands = super().handle(event, now)
+        self.given += [(now, command) for command in commands]
+        return commands
+
+
+class LiveNode:
+    """The simulation's modelled node behind the interface of a real one."""
+
+    def __init__(self, spec: NodeSpec, clock: ScriptClock) -> None:
+        self.spec = spec
+        self.modelled = ModelledNode(spec, Speeds())
+        self._clock = clock
+
+    async def start(self, on_event: Callable[[NodeEvent], None]) -> None:
+        self._on_event: Callable[..., None] = on_event
+        _, *others = self.modelled.join(self._clock.now())
+        for report in others:
+            on_event(report.event)  # type: ignore[arg-type]
+
+    def execute(self, command: NodeCommand) -> None:
+        self.plan(self.modelled.execute(command, self._clock.now()))
+
+    def plan(self, reports: Sequence[Report]) -> None:
+        for report in reports:
+            self._clock.call_at(report.at, lambda report=report: self._say(report))
+
+    def _say(self, report: Report) -> None:
+        if self.modelled.holds(report):
+            self._on_event(report.event)
+
+    async def close(self, grace_s: float) -> None:
+        pass
+
+
+async def run_live(steps: Sequence[tuple[float, Event]]) -> Timed:
+    clock = ScriptClock()
+    controller = RecordedController()
+    nodes = {spec.node_id: LiveNode(spec, clock) for spec in SPECS}
+    runtime = Runtime(controller, list(nodes.values()), clock=clock)  # type: ignore[arg-type]
+    clients: set[asyncio.Task[None]] = set()
+
+    async def wait_for_answer(request_id: RequestId, model_id: ModelId) -> None:
+        mailbox = runtime.open_mailbox(request_id, model_id)
+        while not isinstance(answer := await mailbox.get(), Reject):
+            if isinstance(answer, Dispatch):
+                node = nodes[answer.node_id]
+                node.plan(node.modelled.generate(answer, clock.now()))
+
+    def happen(event: Event) -> None:
+        if isinstance(event, RequestArrived):
+            clients.add(asyncio.create_task(wait_for_answer(event.request_id, event.model_id)))
+        if isinstance(event, ReplicaLost):
+            nodes[event.node_id].plan(nodes[event.node_id].modelled.suffer(event, clock.now()))
+        asyncio.get_running_loop().call_soon(runtime.post, event)  # after the mailbox is open
+
+    for at, event in steps:
+        clock.call_at(at, lambda event=event: happen(event))
+    await runtime.start()
+    await settle()
+    await clock.advance(10_000.0)
+    await runtime.close()
+    for client in clients:
+        client.cancel()
+    await asyncio.gather(*clients, return_exceptions=True)
+    assert runtime.is_healthy
+    return controller.given
+
+
+def test_one_script_through_both_drivers_gives_the_same_commands() -> None:
+    steps = script()
+    nodes = [ModelledNode(spec, Speeds()) for spec in SPECS]
+    simulated = Simulation(Controller(SETTINGS), nodes).run(steps)
+    live = asyncio.run(run_live(steps))
+    assert live == simulated
+    kinds = {type(command) for _, command in live}
+    assert kinds == {StartReplica, StopReplica, Stage, Evict, Hold, Dispatch, Reject}
+    codes = {command.code for _, command in live if isinstance(command, Reject)}
+    assert codes >= {"queue_full", "model_too_large", "model_not_found", "draining"}
+    resumed = [c for _, c in live if isinstance(c, Dispatch) and c.request_id == "r0"]
+    assert len(resumed) == 2
