@@ -149,7 +149,7 @@ def preload(config: dict[str, Any] | None = None) -> None:
 
 def _probe(model: nn.Module) -> None:
     """One forward without data: shows an argument that would reach the attention unknown."""
-    step = attention.AttentionStep(kv=[], num_rows=1, write=slice(0, 1), spans=[])
+    step = attention.AttentionStep(torch.empty(0), spans=[], write=slice(0, 1))
     ids = torch.zeros(1, 1, dtype=torch.int64, device="meta")
     with torch.inference_mode():
         model(input_ids=ids, position_ids=ids, use_cache=False, flashserve_step=step)

@@ -10,6 +10,7 @@ from torch import nn
 
 from flashserve.engine.attention import AttentionStep, Slots, Span
 from flashserve.engine.experts import Experts
+from flashserve.engine.forward import choose_forward
 from flashserve.engine.sequence import Segment, Sequence
 from flashserve.errors import UnavailableError
 
@@ -41,10 +42,10 @@ class KVShape:
     def bytes_per_token(self) -> int:
         return 2 * self.num_layers * self.num_heads * self.head_dim * int(self.dtype.itemsize)
 
-    def view(self, pool: torch.Tensor, num_slots: int) -> list[torch.Tensor]:
-        """The flat uint8 `pool` as one [num_slots, 2, heads, head_dim] tensor for each layer."""
+    def view(self, pool: torch.Tensor, num_slots: int) -> torch.Tensor:
+        """The flat uint8 `pool` as [layers, num_slots, 2, heads, head_dim]."""
         used = pool[: num_slots * self.bytes_per_token].view(self.dtype)
-        return list(used.view(self.num_layers, num_slots, 2, self.num_heads, self.head_dim))
+        return used.view(self.num_layers, num_slots, 2, self.num_heads, self.head_dim)
 
 
 class Runner:
@@ -52,7 +53,7 @@ class Runner:
 
     Args:
         model: a causal language model of transformers whose attention is `paged_attention`.
-        kv: one [slots, 2, heads, head_dim] tensor for each layer.
+        pool: keys and values, [layers, slots, 2, kv_heads, head_dim].
         block_tokens: slots of one block.
         batch_invariant: compute at least _INVARIANT_ROWS rows at a time.
     """
@@ -60,13 +61,13 @@ class Runner:
     def __init__(
         self,
         model: nn.Module,
-        kv: list[torch.Tensor],
+        pool: torch.Tensor,
         block_tokens: int,
         *,
         batch_invariant: bool = False,
     ) -> None:
-        self._model = model
-        self._kv = kv
+        self._forward = choose_forward(model)
+        self._pool = pool
         self._block_tokens = block_tokens
         self._min_rows = _INVARIANT_ROWS if batch_invariant else 1
         for module in model.modules():
@@ -88,15 +89,13 @@ class Runner:
         num_sampled = len(rows)
         padding = max(0, self._min_rows - len(ids))
         rows += [rows[-1]] * max(0, self._min_rows - num_sampled) if rows else []
-        output = self._model(
-            input_ids=torch.tensor([ids + ids[-1:] * padding]),
-            position_ids=torch.tensor([positions + positions[-1:] * padding]),
-            use_cache=False,
-            logits_to_keep=torch.tensor(rows, dtype=torch.int64),
-            flashserve_step=step,
+        logits = self._forward(
+            torch.tensor(ids + ids[-1:] * padding),
+            torch.tensor(positions + positions[-1:] * padding),
+            torch.tensor(rows, dtype=torch.int64),
+            step,
         )
-        logits: torch.Tensor = output.logits[0, :num_sampled]
-        return logits
+        return logits[:num_sampled]
 
     def _attention_step(self, segments: list[Segment]) -> AttentionStep:
         slots = {item: self._slots(item) for item in {s.sequence: None for s in segments}}
@@ -105,11 +104,11 @@ class Runner:
         row = 0
         for segment in segments:
             found = slots[segment.sequence]
-            spans.append(Span(row, segment.begin, segment.end, _part(found, 0, segment.end)))
+            spans.append(Span(self._pool, row, segment.begin, segment.end, found))
             writes.append(_part(found, segment.begin, segment.end))
             row += segment.end - segment.begin
         write = writes[0] if len(writes) == 1 else torch.cat([_index(part) for part in writes])
-        return AttentionStep(self._kv, row, write, spans)
+        return AttentionStep(self._pool, spans, write)
 
     def _slots(self, sequence: Sequence) -> Slots:
         """Where the keys of each position are: a slice if the blocks are neighbours."""
