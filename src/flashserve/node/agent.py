@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Any
 
@@ -87,8 +88,8 @@ class Agent:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, on_event: Callable[[NodeEvent], None]) -> None:
-        """Also takes the node over from an earlier caller, whose replicas end and who hears no
-        more of it.
+        """Also takes the node over from an earlier caller, who hears no more of it: its replicas
+        end and its models leave DRAM.
         """
         if self._is_started:
             await self._rejoin()
@@ -102,7 +103,10 @@ class Agent:
         if command.epoch != self.spec.epoch or self._is_closed:
             _log.warning("order_ignored", order=command, epoch=self.spec.epoch)
             return
-        self._models[command.model.model_id] = command.model
+        if isinstance(command, Evict):
+            self._models.pop(command.model.model_id, None)
+        else:
+            self._models[command.model.model_id] = command.model
         match command:
             case StartReplica():
                 self._start_replica(command)
@@ -208,6 +212,10 @@ class Agent:
         self._on_event = _ignore
         self.spec = dataclasses.replace(self.spec, epoch=self.spec.epoch + 1)
         await asyncio.gather(*(self._end(replica) for replica in list(self._replicas.values())))
+        models, self._models = self._models, {}
+        for model_id in models:  # what the new caller knows nothing of would fill the arena
+            self._hints.forget(model_id, self._pool.ready)
+            await self._queue.run(functools.partial(self._store.forget, model_id))
 
     # Orders
 
@@ -256,6 +264,7 @@ class Agent:
         try:
             await operation.result()
         except Exception as error:
+            self._models.setdefault(order.model.model_id, order.model)
             self._stage_failed(order, error)
             return
         self._hints.forget(order.model.model_id, self._pool.ready)
@@ -278,10 +287,10 @@ class Agent:
 
     def _worker_lost(self, worker: Worker) -> None:
         reason = f"worker {worker.name} (process {worker.process.pid}) ended unexpectedly"
+        self._report_workers()  # first, so that what the loss causes counts one worker less
         for replica in list(self._replicas.values()):
             if replica.worker is worker:
                 replica.worker_lost(reason)
-        self._report_workers()
 
     def _report_workers(self) -> None:
         self._emit(WorkersChanged(self.spec.node_id, self._pool.num_ready))

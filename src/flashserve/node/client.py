@@ -37,7 +37,9 @@ class ModelResidence:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NodeStats:
-    """models: those that the node has had an order for; replicas: those that answered in time."""
+    """models: those with an order to this node and none to leave it since; replicas: those that
+    answered in time.
+    """
 
     dram: ArenaUsage
     models: dict[ModelId, ModelResidence]

@@ -95,7 +95,7 @@ class Heartbeat:
         while self._channel.is_open:
             self._channel.notify("heartbeat")
             await asyncio.sleep(self._interval_s)
+            self._num_missed += 1
             if self._num_missed >= MISSED_HEARTBEATS:
                 error = f"{self._channel.peer} missed {self._num_missed} heartbeats"
                 self._channel.abort(UnavailableError(error))
-            self._num_missed += 1

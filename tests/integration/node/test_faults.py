@@ -49,9 +49,9 @@ def test_a_killed_worker_breaks_its_streams_and_is_replaced(
             with pytest.raises(ReplicaError):
                 await read(batches, received)
             assert [token.index for token in received] == list(range(len(received)))
+            await bench.events.next(WorkersChanged, num_ready=0)
             lost = await bench.events.next(ReplicaLost, replica_id="m#1")
             assert str(pid) in lost.reason
-            await bench.events.next(WorkersChanged, num_ready=0)
             await bench.events.next(WorkersChanged, num_ready=1)
             assert bench.num_leases() == 0
             assert pid not in bench.worker_pids()
