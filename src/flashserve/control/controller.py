@@ -159,7 +159,7 @@ class Controller:
         model = self._state.find(model_id)
         if model is None:
             raise ModelNotFoundError(f"no model named {model_id} is deployed")
-        nodes = (self._state.nodes[node_id] for node_id in model.dram_nodes)
+        held = [self._state.nodes[node_id].resident[model_id] for node_id in model.dram_nodes]
         return ModelView(
             model_id,
             _state_name(model),
@@ -167,7 +167,7 @@ class Controller:
             len(model.replicas),
             model.num_running,
             len(model.waiting),
-            sum(node.resident[model_id].num_bytes for node in nodes),
+            sum(resident.num_bytes for resident in held if resident.is_loaded),
             model.last_used_at,
             model.reason,
         )

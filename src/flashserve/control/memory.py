@@ -8,7 +8,6 @@ from flashserve.control.room import free_more, make_room
 from flashserve.control.state import State
 from flashserve.messages.commands import Command
 from flashserve.messages.events import Evicted, EvictRequested, Staged, StageFailed, StageRequested
-from flashserve.policy.cost import extent_bytes
 from flashserve.policy.placement import place
 from flashserve.types import NodeId, Tier
 
@@ -68,28 +67,33 @@ def staged(state: State, event: Staged, now: float) -> list[Command]:
 
 
 def stage_failed(state: State, event: StageFailed, now: float) -> list[Command]:
-    """Bytes did not arrive. For want of memory that eviction can mend, they are ordered again."""
+    """Bytes did not arrive, or (conflict) did not leave.
+
+    What did not arrive for want of memory is ordered again after evictions, if any help. Bytes
+    that a start needs are not: that fails by itself, and its ReplicaFailed says what follows.
+    """
     node, model = state.nodes.get(event.node_id), state.find(event.model_id)
     if node is None or model is None or event.tier is not Tier.DRAM:
         return []
-    resident = node.resident.get(model.model_id)
-    if resident and resident.is_loaded:
+    if event.code == "conflict" and node.unanswered_evicts.pop(model.model_id, 0):
+        state.hold_bytes(node, model.spec, now).is_loaded = True
         return []
-    if node.replicas_of(model):
-        return []  # a start needs them: it fails by itself, and ReplicaFailed says what follows
+    resident = node.resident.get(model.model_id)
+    if (resident and resident.is_loaded) or node.replicas_of(model):
+        return []
     if resident:
-        state.drop_bytes(node, model.model_id)
+        state.set_staging(node, model.model_id, False)
     model.reason = f"staging on {node.node_id} failed: {event.message}"
     num_failures = node.stage_failures.pop(model.model_id, 0) + 1
     if event.code != "unavailable" or num_failures > _STAGE_RETRIES:
         return []
     freed = free_more(state, node, model, now, everything=num_failures > 1)
-    if not freed or node.free_bytes < extent_bytes(model.spec.size_bytes):
-        return freed
-    node.stage_failures[model.model_id] = num_failures
-    freed += _reserve(state, node, model, now)
-    reason = f"tried again after evictions: {event.message}"
-    return [*freed, orders.stage(node, model, event.tier, reason)]
+    if freed:
+        node.stage_failures[model.model_id] = num_failures
+        freed += _reserve(state, node, model, now)
+        reason = f"tried again after evictions: {event.message}"
+        freed.append(orders.stage(node, model, event.tier, reason))
+    return freed
 
 
 def evict_requested(state: State, event: EvictRequested, now: float) -> list[Command]:

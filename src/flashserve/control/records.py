@@ -102,6 +102,8 @@ class Model:
     shunned: dict[NodeId, None] = dataclasses.field(default_factory=dict)
     """Nodes that just had no memory for it; cleared when anything changes or at retry_at."""
     retry_at: float = 0.0
+    place_in_line: int = 0
+    """Smaller is further ahead, among the models that want a slot."""
     patience_at: float = 0.0
     claim: NodeId | None = None
     """The node on which replicas drain so that this model gets room."""
@@ -124,6 +126,8 @@ class Model:
 class Resident:
     """A model's bytes in one node's DRAM, from the order that brings them to the one that evicts.
 
+    Bytes of a start or Stage that failed stay counted, though they may never have arrived: the
+    node could still hold them, and evicting what is not there costs nothing.
     Pinned: a replica starts, runs or drains on them, or a Stage is under way.
     """
 

@@ -15,7 +15,7 @@ from flashserve.messages.commands import Command
 from flashserve.messages.events import ReplicaFailed, ReplicaLost, ReplicaReady, ReplicaStopped
 from flashserve.policy import keepalive
 from flashserve.policy.admission import Failure, refuse_failed
-from flashserve.types import ModelId, NodeId, ReplicaId
+from flashserve.types import NodeId, ReplicaId
 
 _MEMORY_RETRIES = 3
 """Starts in a row that a node may refuse for want of memory before the model counts as failed."""
@@ -50,7 +50,6 @@ def failed(state: State, event: ReplicaFailed, now: float) -> list[Command]:
     """Everyone who waits gets the model's error; want of memory is mended or tried again first."""
     replica = _known(state, event.replica_id, event.node_id)
     if replica is None:
-        _drop_unloaded(state, event.node_id, event.model_id)
         return []
     node, model = state.nodes[replica.node_id], state.models[replica.model_id]
     commands = lose(state, replica, event.message, now)
@@ -79,7 +78,6 @@ def _try_again(state: State, node: Node, model: Model, message: str, now: float)
 def lost(state: State, event: ReplicaLost, now: float) -> list[Command]:
     replica = _known(state, event.replica_id, event.node_id)
     if replica is None:
-        _drop_unloaded(state, event.node_id, event.model_id)
         return []
     model = state.models[replica.model_id]
     model.reason = f"{replica.replica_id} was lost: {event.reason}"
@@ -93,7 +91,6 @@ def stopped(state: State, event: ReplicaStopped, now: float) -> list[Command]:
     """The answer to our order, or a node that stopped a replica by itself: then it is lost."""
     if replica := _known(state, event.replica_id, event.node_id):
         return lose(state, replica, "its node stopped it", now)
-    _drop_unloaded(state, event.node_id, event.model_id)
     return []
 
 
@@ -102,7 +99,6 @@ def lose(state: State, replica: Replica, why: str, now: float) -> list[Command]:
     node, model = state.nodes[replica.node_id], state.models[replica.model_id]
     interrupted = state.take_in_flight(replica)
     state.remove_replica(replica, now)
-    _drop_unloaded(state, node.node_id, model.model_id)
     if replica.model.source != model.spec.source:
         commands = requests.reject_replaced(interrupted)
     else:
@@ -120,13 +116,3 @@ def keep_alive_over(state: State, replica_id: ReplicaId, now: float) -> list[Com
 def _known(state: State, replica_id: ReplicaId, node_id: NodeId) -> Replica | None:
     replica = state.replicas.get(replica_id)
     return replica if replica and replica.node_id == node_id else None
-
-
-def _drop_unloaded(state: State, node_id: NodeId, model_id: ModelId) -> None:
-    """Bytes that a start was to bring, and did not, are not held for it any longer."""
-    node, model = state.nodes.get(node_id), state.models.get(model_id)
-    if node is None or model is None or node.replicas_of(model):
-        return
-    resident = node.resident.get(model_id)
-    if resident and not resident.is_loaded and not resident.is_staging:
-        state.drop_bytes(node, model_id)

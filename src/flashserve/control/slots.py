@@ -111,45 +111,72 @@ def _worker(node: Node) -> WorkerState:
 
 
 def lose_patience(state: State, model: Model, now: float) -> list[Command]:
-    """A model has waited long: see to it that enough is draining for it on some node."""
+    """A model has waited long: it claims a node, and what it lacks there drains.
+
+    Where all that it lacks may drain now, it does; else the model claims the first node that can
+    be made to suit, so that nobody behind it gets in its way, and asks again.
+    """
     commands = fill(state, now)
     if model.model_id not in state.wanting:
         return commands
-    patience_s = state.settings.slot_patience_s
-    again = now + max(patience_s, _MIN_PATIENCE_S)
-    for node in _nodes_to_claim(state, model):
+    again = now + max(state.settings.slot_patience_s, _MIN_PATIENCE_S)
+    nodes = [node for node in _nodes_to_claim(state, model) if _could_suit(state, node, model)]
+    for node in nodes:
         victims, spared_until = _victims(state, node, model, now)
         if victims is not None:
             _claim(state, node, model, victims, now)
             break
         again = min(again, spared_until)
+    else:
+        if nodes:
+            _claim(state, nodes[0], model, [], now)
     state.set_patience(model, again)
     return commands + _release_claims(state, now)
 
 
 def _nodes_to_claim(state: State, model: Model) -> Iterable[Node]:
-    """The node that it claims already, then those of the replicas that have been busy longest."""
+    """The node that it claims already, those of the replicas that have been busy longest, others.
+
+    The others count too, because everything on them may just be draining or starting.
+    """
     nodes: dict[NodeId, Node] = {}
     if model.claim is not None:
         nodes[model.claim] = state.nodes[model.claim]
     for replica in islice(state.busy.values(), _NUM_BUSY):
         nodes.setdefault(replica.node_id, state.nodes[replica.node_id])
+    for node in islice(state.nodes.values(), _NUM_CANDIDATES):
+        nodes.setdefault(node.node_id, node)
     return nodes.values()
+
+
+def _could_suit(state: State, node: Node, model: Model) -> bool:
+    """Whether the node has room for the model beside everyone who claims it and is ahead."""
+    ahead = _ahead(state, node, model)
+    wanted = sum(extent_bytes(m.spec.size_bytes) for m in (model, *ahead))
+    return (
+        len(ahead) < node.spec.num_workers
+        and wanted <= node.capacity_bytes
+        and model.model_id not in node.pending_evicts
+    )
+
+
+def _ahead(state: State, node: Node, model: Model) -> list[Model]:
+    claiming = (state.models[model_id] for model_id in node.claims)
+    return [other for other in claiming if other.place_in_line < model.place_in_line]
 
 
 def _victims(
     state: State, node: Node, model: Model, now: float
 ) -> tuple[list[Replica] | None, float]:
-    """Busy replicas of a node that must drain so that the model gets room beside other claims.
+    """Busy replicas of a node that must drain so that the model gets room beside who is ahead.
 
-    None when even all that may be drained are not enough, with the time when more may be.
+    None when even all that may be drained now are not enough, with the time when more may be.
     """
-    others = [state.models[m] for m in node.claims if m != model.model_id]
+    ahead = _ahead(state, node, model)
     running = [r for r in node.replicas.values() if not r.is_idle]
     kept = [r for r in running if r.status is not Status.DRAINING]
-    lack_slots = len(others) + 1 + len(kept) - node.spec.num_workers
-    wanted = extent_bytes(model.spec.size_bytes)
-    wanted += sum(extent_bytes(other.spec.size_bytes) for other in others)
+    lack_slots = len(ahead) + 1 + len(kept) - node.spec.num_workers
+    wanted = sum(extent_bytes(m.spec.size_bytes) for m in (model, *ahead))
     staging = node.pinned_bytes - _bytes_under(node, running)
     lack_bytes = wanted + staging + _bytes_under(node, kept) - node.capacity_bytes
     victims: list[Replica] = []
@@ -168,7 +195,7 @@ def _victims(
         victims.append(replica)
         lack_slots -= 1
         lack_bytes -= before - _bytes_under(node, kept)
-    if lack_slots > 0 or lack_bytes > 0 or model.model_id in node.pending_evicts:
+    if lack_slots > 0 or lack_bytes > 0:
         return None, spared_until
     return victims, spared_until
 

@@ -44,6 +44,7 @@ class State:
         self.is_draining = False
         self._num_started = 0
         self._num_arrived = 0
+        self._num_lined_up = 0
 
     def new_replica_id(self, model_id: ModelId) -> ReplicaId:
         """Never used twice, not even by a model that was deleted and deployed again."""
@@ -180,9 +181,11 @@ class State:
         if wants and not stands:
             first = next(iter(model.waiting.values()))
             self.wanting[model.model_id] = model
+            model.place_in_line = self._num_lined_up = self._num_lined_up + 1
             if first.attempts or model.memory_failures:
                 # It had its turn and lost it by no fault of its requests.
                 self.wanting.move_to_end(model.model_id, last=False)
+                model.place_in_line = -self._num_lined_up
             self.set_patience(model, first.waiting_since + self.settings.slot_patience_s)
         elif stands and not wants:
             del self.wanting[model.model_id]

@@ -1,0 +1,229 @@
+"""Whatever happens, in whatever order: no request is lost, nothing is exceeded, nobody starves."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tests.unit.control.fake_nodes import Fleet, model, node
+
+from flashserve.config import PolicySettings
+from flashserve.control.records import Status
+from flashserve.messages import events
+from flashserve.types import ModelId, ModelSpec, NodeId, Tier
+
+MODELS = [
+    model("a"),
+    model("b", 2),
+    model("c", 3, keep_alive_s=0.0),
+    model("d", 5, keep_alive_s=2.0),
+    model("e", 2, lowest_tier=Tier.REMOTE),
+    model("huge", 50),
+]
+NAMES = st.sampled_from([spec.model_id for spec in MODELS])
+NODES = {"n1": node("n1", 2, 6, max_sequences=3), "n2": node("n2", 1, 5, max_sequences=3)}
+NODE_NAMES = st.sampled_from(sorted(NODES))
+TIERS = st.sampled_from([Tier.DISK, Tier.DRAM])
+
+
+class Anything(RuleBasedStateMachine):
+    """Random events and faults, through nodes that check every order they get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_requests = 0
+        self.epochs = dict.fromkeys(NODES, 0)
+
+    @initialize(
+        patience=st.sampled_from([0.0, 1.0, 10.0]),
+        backoff=st.sampled_from([0.0, 2.0]),
+        queue_limit=st.sampled_from([3, 50]),
+        deadline=st.sampled_from([5.0, 1e5]),
+        keep_alive=st.sampled_from([0.0, 5.0, 300.0]),
+    )
+    def begin(
+        self,
+        patience: float,
+        backoff: float,
+        queue_limit: int,
+        deadline: float,
+        keep_alive: float,
+    ) -> None:
+        self.fleet = Fleet(
+            PolicySettings(
+                slot_patience_s=patience,
+                failure_backoff_s=backoff,
+                queue_limit=queue_limit,
+                deadline_s=deadline,
+                keep_alive_s=keep_alive,
+            )
+        )
+        for spec in MODELS:
+            self.fleet.tell(events.ModelDeployed(spec))
+        self.join("n1")
+
+    @rule(name=NODE_NAMES)
+    def join(self, name: str) -> None:
+        self.epochs[name] += 1
+        self.fleet.join(dataclasses.replace(NODES[name], epoch=self.epochs[name]))
+
+    @rule(name=NAMES, deadline=st.sampled_from([None, None, 0.5, 3.0]))
+    def arrive(self, name: str, deadline: float | None) -> None:
+        self.num_requests += 1
+        caused = self.fleet.arrive(f"r{self.num_requests}", name, deadline)
+        about = [c for c in caused if getattr(c, "request_id", None) == f"r{self.num_requests}"]
+        assert len(about) == 1, "a request gets exactly one answer when it arrives"
+
+    @rule(name=NAMES, number=st.integers(2, 6))
+    def arrive_together(self, name: str, number: int) -> None:
+        for _ in range(number):
+            self.arrive(name, None)
+
+    @precondition(lambda self: self.fleet.requests)
+    @rule(data=st.data(), prefill=st.sampled_from([None, 0.1, 0.0, -1.0, float("nan"), 1e300]))
+    def finish(self, data: st.DataObject, prefill: float | None) -> None:
+        alive = self.fleet.running() + self.fleet.waiting()
+        if alive:
+            self.fleet.finish(data.draw(st.sampled_from(alive)), prefill)
+
+    @rule()
+    def finish_all_running(self) -> None:
+        for request_id in self.fleet.running():
+            self.fleet.finish(request_id)
+
+    @rule(data=st.data())
+    def answer(self, data: st.DataObject) -> None:
+        pending = [(n, m) for n, fake in self.fleet.nodes.items() for m in fake.answers]
+        if pending:
+            self.fleet.answer_one(*data.draw(st.sampled_from(pending)))
+
+    @rule()
+    def answer_all(self) -> None:
+        self.fleet.answer_all()
+
+    @rule()
+    def wake(self) -> None:
+        if (wakeup := self.fleet.controller.next_wakeup()) is not None:
+            self.fleet.tick(wakeup)
+
+    @rule(seconds=st.sampled_from([0.0, 0.4, 1.0, 7.0, 400.0]))
+    def pass_time(self, seconds: float) -> None:
+        self.fleet.tick(self.fleet.now + seconds)
+
+    @rule(seconds=st.sampled_from([0.1, 2.0]))
+    def pass_time_without_a_tick(self, seconds: float) -> None:
+        self.fleet.now += seconds
+
+    @rule(data=st.data())
+    def lose_replica(self, data: st.DataObject) -> None:
+        if replicas := sorted(self.fleet.replicas()):
+            self.fleet.lose_replica(data.draw(st.sampled_from(replicas)))
+
+    @rule(data=st.data(), code=st.sampled_from(["unavailable", "bad_checkpoint"]))
+    def fail_start(self, data: st.DataObject, code: str) -> None:
+        starting = sorted(
+            r for fake in self.fleet.nodes.values() for r in fake.replicas if r not in fake.ready
+        )
+        if starting:
+            self.fleet.fail_replica(data.draw(st.sampled_from(starting)), code)
+
+    @precondition(lambda self: len(self.fleet.nodes) > 1)
+    @rule(name=NODE_NAMES)
+    def lose_node(self, name: str) -> None:
+        self.fleet.lose_node(NodeId(name))
+
+    @rule(name=NODE_NAMES, number=st.integers(-1, 5))
+    def change_workers(self, name: str, number: int) -> None:
+        self.fleet.tell(events.WorkersChanged(NodeId(name), number))
+
+    @rule(name=NAMES, tier=TIERS)
+    def stage(self, name: ModelId, tier: Tier) -> None:
+        self.fleet.tell(events.StageRequested(name, tier))
+
+    @rule(name=NAMES, tier=TIERS)
+    def evict(self, name: ModelId, tier: Tier) -> None:
+        self.fleet.tell(events.EvictRequested(name, tier))
+
+    @rule(spec=st.sampled_from(MODELS), source=st.sampled_from(["/x", "/y"]))
+    def deploy(self, spec: ModelSpec, source: str) -> None:
+        self.fleet.tell(events.ModelDeployed(dataclasses.replace(spec, source=source)))
+
+    @rule(name=NAMES)
+    def delete(self, name: ModelId) -> None:
+        self.fleet.tell(events.ModelDeleted(name))
+
+    @invariant()
+    def accounts_are_true(self) -> None:
+        if hasattr(self, "fleet"):
+            check_accounts(self.fleet)
+
+    def teardown(self) -> None:
+        if hasattr(self, "fleet"):
+            settle(self.fleet)
+
+
+def check_accounts(fleet: Fleet) -> None:
+    """Every index of the controller's state equals what its records say."""
+    state = fleet.controller._state
+    assert set(state.replicas) == set(fleet.replicas())
+    for fake in fleet.nodes.values():
+        known = state.nodes[fake.spec.node_id]
+        assert set(known.replicas) == set(fake.replicas)
+        assert len(known.replicas) <= fake.spec.num_workers
+        assert known.used_bytes == sum(r.num_bytes for r in known.resident.values())
+        assert known.used_bytes <= known.capacity_bytes
+        assert fake.dram.items() <= {m: r.num_bytes for m, r in known.resident.items()}.items()
+        pinned = {r.model_id for r in known.replicas.values() if not r.is_idle}
+        pinned |= {m for m, resident in known.resident.items() if resident.is_staging}
+        assert {m for m, r in known.resident.items() if r.is_pinned} == pinned
+        assert known.pinned_bytes == sum(known.resident[m].num_bytes for m in pinned)
+        held = {r.model_id for r in known.replicas.values()}
+        assert set(known.evictable) == set(known.resident) - pinned - held
+        assert set(known.idle) == {r.replica_id for r in known.replicas.values() if r.is_idle}
+        assert (fake.spec.node_id in state.free_nodes) == (known.free_slots > 0)
+        for model_id in known.claims:
+            assert state.models[model_id].claim == fake.spec.node_id
+        for replica in known.replicas.values():
+            assert not replica.is_yielding or known.claims
+            assert replica.status is not Status.DRAINING or replica.in_flight
+    assert set(state.idle) == {r.replica_id for r in state.replicas.values() if r.is_idle}
+    assert set(state.busy) == {
+        r.replica_id for r in state.replicas.values() if r.status is Status.READY and r.in_flight
+    }
+    assert set(state.wanting) == {m for m, known in state.models.items() if known.is_wanting}
+    for known_model in state.models.values():
+        assert known_model.num_running == sum(
+            len(r.in_flight) for r in known_model.replicas.values()
+        )
+        order = [request.sequence for request in known_model.waiting.values()]
+        assert order == sorted(order)
+        assert known_model.claim is None or known_model.model_id in state.wanting
+        assert not known_model.is_deleted or known_model.replicas
+        assert set(known_model.dram_nodes) == {
+            n for n, known in state.nodes.items() if known_model.model_id in known.resident
+        }
+
+
+def settle(fleet: Fleet) -> None:
+    """Once nodes answer and requests end, everyone who waits is served or refused."""
+    for _ in range(300):
+        fleet.answer_all()
+        if not fleet.waiting() and not fleet.running():
+            break
+        for request_id in fleet.running():
+            fleet.finish(request_id)
+        if (wakeup := fleet.controller.next_wakeup()) is not None:
+            fleet.tick(wakeup)
+        check_accounts(fleet)
+    assert not fleet.waiting(), "somebody starves"
+
+
+TestAnything = Anything.TestCase
+TestAnything.settings = settings(
+    max_examples=150,
+    stateful_step_count=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
