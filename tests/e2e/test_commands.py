@@ -58,6 +58,13 @@ def test_ps_lists_the_models(server: Server) -> None:
     assert model["reason"]
 
 
+def test_commands_work_over_a_url(server: Server) -> None:
+    assert MODEL in server.succeed("ps", "--url", server.url)
+    over_url = server.cli("deploy", "x", "/etc", "--url", server.url)
+    assert over_url.returncode == 1
+    assert "roots" in over_url.stderr
+
+
 def test_stage_and_evict_move_the_bytes(server: Server, checkpoint: Path) -> None:
     name = "team/moved"
     server.succeed("deploy", name, str(checkpoint))

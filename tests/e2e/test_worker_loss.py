@@ -92,6 +92,28 @@ def test_sequences_that_run_together_all_go_on(exact_server: Server) -> None:
     assert len(broken.finish_reasons) == 3
 
 
+def test_without_an_exact_mode_nothing_sent_changes_and_nothing_is_missing(
+    server: Server,
+) -> None:
+    whole = stream(server)
+    num_before = 0
+
+    def kill_all(advance: Callable[[int], None]) -> None:
+        nonlocal num_before
+        num_before = 4 + 6
+        advance(6)
+        for worker in server.workers():
+            worker.kill()
+
+    broken = stream(server, kill_all)
+    assert broken.receipt["resumed"] >= 1
+    assert broken.tokens[:num_before] == whole.tokens[:num_before]
+    assert "".join(broken.tokens) == broken.text
+    assert broken.offsets == sorted(set(broken.offsets))
+    assert len(broken.tokens) == NUM_TOKENS
+    assert broken.usages == whole.usages
+
+
 def stream(
     server: Server,
     interrupt: Callable[[Callable[[int], None]], None] | None = None,
