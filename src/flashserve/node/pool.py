@@ -19,10 +19,12 @@ from flashserve.messages.wire import Frame, Notice
 from flashserve.messages.work import WorkerReady
 from flashserve.node.channel import Channel, open_channel
 from flashserve.node.process import WORKER_COMMAND, WorkerProcess, spawn, worker_arguments
+from flashserve.types import ModelId
 
 _log = structlog.get_logger()
 
-_START_TIMEOUT_S = 300.0
+_START_TIMEOUT_S = 120.0
+_TEMPORARY_KV_BYTES = 1 << 20
 _SETTLED_S = 10.0
 """A worker that lived so long past its start did not die at once."""
 _MAX_BACKOFF_S = 30.0
@@ -67,6 +69,8 @@ class Worker:
         self.process = process
         self.hinted: set[Hashable] = set()
         """Keys of the hints that it was sent; see agent.py."""
+        self.last_model: ModelId | None = None
+        """What it served last, or serves: its first use of the model's shapes is behind it."""
         self.on_gone: Callable[[Worker], None] | None = None
         loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[WorkerReady] = loop.create_future()
@@ -155,7 +159,8 @@ class WorkerPool:
         self._on_spare = on_spare
         self._on_lost = on_lost
         self._names = itertools.count()
-        self._claims: collections.deque[asyncio.Future[Worker]] = collections.deque()
+        self._claims: collections.deque[tuple[ModelId, asyncio.Future[Worker]]]
+        self._claims = collections.deque()
         self._spare: list[Worker] = []
         self._ready: set[Worker] = set()
         self._all: set[Worker] = set()
@@ -177,10 +182,14 @@ class WorkerPool:
     def start(self) -> None:
         self._keepers = [asyncio.create_task(self._keep(slot)) for slot in range(self._size)]
 
-    def claim(self) -> asyncio.Future[Worker]:
-        """A worker for one replica, as soon as those who asked before have theirs."""
+    def claim(self, model_id: ModelId) -> asyncio.Future[Worker]:
+        """A worker for one replica, as soon as those who asked before have theirs.
+
+        Among spare workers, one that served the model last is taken first, then one that served
+        none.
+        """
         claim: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
-        self._claims.append(claim)
+        self._claims.append((model_id, claim))
         self._assign()
         return claim
 
@@ -193,12 +202,15 @@ class WorkerPool:
 
     @contextlib.asynccontextmanager
     async def temporary(self) -> AsyncIterator[Worker]:
-        """A ready worker beyond the pool's size, for as long as the context lasts.
+        """A ready worker beyond the pool's size, for as long as the context lasts; it has hardly
+        any memory for keys and values.
 
         Raises:
             UnavailableError: it did not start.
         """
-        worker = self._launcher.launch(f"temporary-{next(self._names)}")
+        settings = self._launcher.settings.model_copy(update={"kv_bytes": _TEMPORARY_KV_BYTES})
+        launcher = dataclasses.replace(self._launcher, settings=settings)
+        worker = launcher.launch(f"temporary-{next(self._names)}")
         self._all.add(worker)
         try:
             await worker.wait_ready()
@@ -208,8 +220,16 @@ class WorkerPool:
             self._all.discard(worker)
 
     async def wait_any_ready(self) -> None:
-        """Returns once some worker has become ready, at once when one had before."""
-        await self._first_ready.wait()
+        """Returns once some worker has become ready, at once when one had before.
+
+        Raises:
+            UnavailableError: none did in time.
+        """
+        try:
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                await self._first_ready.wait()
+        except TimeoutError:
+            raise UnavailableError("no worker has started yet; the log says why") from None
 
     async def close(self, grace_s: float) -> None:
         """Ends every worker; none is left when it returns."""
@@ -279,7 +299,17 @@ class WorkerPool:
             self._on_spare(worker)
 
     def _assign(self) -> None:
-        while self._claims and (self._claims[0].done() or self._spare):
-            claim = self._claims.popleft()
+        while self._claims and (self._claims[0][1].done() or self._spare):
+            model_id, claim = self._claims.popleft()
             if not claim.done():
-                claim.set_result(self._spare.pop(0))
+                worker = min(self._spare, key=lambda each: _unfitness(each, model_id))
+                self._spare.remove(worker)
+                worker.last_model = model_id
+                claim.set_result(worker)
+
+
+def _unfitness(worker: Worker, model_id: ModelId) -> int:
+    """Lowest for the worker to take; `min` keeps the longest spare among equals."""
+    if worker.last_model == model_id:
+        return 0
+    return 1 if worker.last_model is None else 2

@@ -55,7 +55,7 @@ class Replica:
         self._emit = emit
         self._on_staged = on_staged
         self._ordered_at = time.monotonic()
-        self._claim = pool.claim()
+        self._claim = pool.claim(order.model.model_id)
         self._operation: Operation[HeldModel] = store.hold(order.model)
         self._was_told_to_load = False
         self._ended: asyncio.Future[NodeEvent | None] = asyncio.get_running_loop().create_future()

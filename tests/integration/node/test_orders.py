@@ -157,6 +157,26 @@ def test_workers_go_to_replicas_in_the_order_of_the_orders(
     run(check())
 
 
+def test_a_model_returns_to_the_worker_that_served_it_last(tmp_path: pathlib.Path) -> None:
+    async def check() -> None:
+        async with running_node("in-process", make_settings(tmp_path, num_workers=3)) as bench:
+            models = {name: fake_model(tmp_path, name) for name in "ab"}
+            await bench.ready(3)
+            served: dict[str, set[str]] = {name: set() for name in models}
+            for turn in range(6):
+                name = "ab"[turn % 2]
+                await bench.started(f"{name}#{turn}", models[name])
+                (replica,) = bench.agent._replicas.values()
+                assert replica.worker is not None
+                served[name].add(replica.worker.name)
+                bench.stop(f"{name}#{turn}", models[name])
+                await bench.events.next(ReplicaStopped, replica_id=f"{name}#{turn}")
+            assert [len(workers) for workers in served.values()] == [1, 1]
+            assert served["a"].isdisjoint(served["b"])
+
+    run(check())
+
+
 def test_evicted_bytes_go_to_the_start_that_follows(kind: str, tmp_path: pathlib.Path) -> None:
     async def check() -> None:
         settings = make_settings(tmp_path, arena_bytes=4 * MIB)
