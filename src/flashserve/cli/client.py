@@ -17,26 +17,32 @@ import httpx
 from flashserve.config import load_settings
 from flashserve.errors import FlashServeError, InputError, UnavailableError, error_from_code
 
-_CONNECT_TIMEOUT_S = 5.0
+# A deploy or a cold start takes as long as it takes; only connecting is bounded.
+_TIMEOUT = httpx.Timeout(None, connect=5.0)
 
 
 def connect(url: str | None = None) -> Client:
     """A client of the server that the user means.
 
-    A URL that the user names wins; otherwise the server of this data directory is meant, which
-    needs no key because its socket is open to this user alone.
+    A URL that the user names wins; otherwise the server of this data directory is meant.
 
     Raises:
         UnavailableError: no server listens there; says how to start or name one.
     """
-    # A deploy or a cold start takes as long as it takes; only connecting is bounded.
-    timeout = httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S)
     if url is not None:
-        return Client(_over_url(url, timeout), url)
-    path = load_settings().socket_path
+        return Client(_over_url(url), url)
+    return connect_to_socket(load_settings().socket_path)
+
+
+def connect_to_socket(path: Path) -> Client:
+    """A client over a private socket; it needs no key, because only this user can open it.
+
+    Raises:
+        UnavailableError: no server listens there; says how to start or name one.
+    """
     _require_listener(path)
     transport = httpx.HTTPTransport(uds=str(path))
-    http = httpx.Client(transport=transport, base_url="http://localhost", timeout=timeout)
+    http = httpx.Client(transport=transport, base_url="http://localhost", timeout=_TIMEOUT)
     return Client(http, str(path))
 
 
@@ -126,11 +132,11 @@ class Client:
             raise UnavailableError(f"the server at {self._where} broke off: {reason}") from None
 
 
-def _over_url(url: str, timeout: httpx.Timeout) -> httpx.Client:
+def _over_url(url: str) -> httpx.Client:
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in {"http", "https"} or not parts.netloc:
         raise InputError(f"{url} is not a server's URL, such as http://127.0.0.1:8080")
-    return httpx.Client(base_url=url.rstrip("/"), timeout=timeout)
+    return httpx.Client(base_url=url.rstrip("/"), timeout=_TIMEOUT)
 
 
 def _require_listener(path: Path) -> None:

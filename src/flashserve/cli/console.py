@@ -44,7 +44,7 @@ def print_table(
 ) -> None:
     """Prints `rows` under `columns`; those named in `fold` take further lines when space is short.
 
-    A terminal gets headings in several lines, because it is short of columns.
+    A terminal is short of columns: it gets headings in several lines, without units.
 
     right: columns of numbers; styles: cell texts that a terminal shows in a colour.
     """
@@ -52,7 +52,7 @@ def print_table(
     table = rich.table.Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(
-            column.replace("_", "\n") if console.is_terminal else column,
+            _heading(column) if console.is_terminal else column,
             justify="right" if column in right else "left",
             no_wrap=column not in fold,
             overflow="fold",
@@ -62,6 +62,10 @@ def print_table(
     with console.capture() as capture:
         console.print(table)
     sys.stdout.writelines(line.rstrip() + "\n" for line in capture.get().splitlines())
+
+
+def _heading(column: str) -> str:
+    return column.removesuffix("_s").removesuffix("_bytes").replace("_", "\n")
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from flashserve.cli import console
-from flashserve.cli.client import Client, connect
+from flashserve.cli.client import Client, connect_to_socket
 from flashserve.cli.generate import answer_chunks, collect
 from flashserve.errors import FlashServeError, InternalError, UnavailableError
 
@@ -46,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (FlashServeError, OSError) as error:
         sys.stderr.write(f"demo: error: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -77,7 +79,6 @@ def _server(models: Path) -> Iterator[tuple[list[int], Client]]:
         (Path(data_dir) / "models").symlink_to(models, target_is_directory=True)
         # Settings of the person who runs the demo do not belong to it.
         env = {name: v for name, v in os.environ.items() if not name.startswith("FLASHSERVE_")}
-        os.environ["FLASHSERVE_DATA_DIR"] = data_dir
         command = ["serve", "--port", "0", "--workers", "2", "--dram", "1GiB"]
         process = subprocess.Popen(  # noqa: S603
             [sys.executable, "-m", "flashserve.cli.main", *command],
@@ -88,7 +89,7 @@ def _server(models: Path) -> Iterator[tuple[list[int], Client]]:
         )
         try:
             _print_first_line(process)
-            with connect() as client:
+            with connect_to_socket(Path(data_dir, "run", "flashserve.sock")) as client:
                 _await(lambda: len(_children(process.pid)) >= 2, "the workers are started")
                 yield [process.pid, *_children(process.pid)], client
             process.send_signal(signal.SIGTERM)
