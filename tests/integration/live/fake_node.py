@@ -92,7 +92,8 @@ class FakeNode:
                 self._lost.pop(replica_id).set()
                 self.emit(ReplicaStopped(NODE, replica_id, model_id))
             case Stage(tier=tier):
-                if (error := self.stage_error) is not None:
+                if self.stage_error is not None:
+                    error = self.stage_error
                     self.emit(StageFailed(NODE, model_id, tier, error.code, error.message))
                     return
                 self._tiers[model_id] = tier

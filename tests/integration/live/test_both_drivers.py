@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -107,7 +108,7 @@ class LiveNode:
 
     def plan(self, reports: Sequence[Report]) -> None:
         for report in reports:
-            self._clock.call_at(report.at, lambda report=report: self._say(report))
+            self._clock.call_at(report.at, functools.partial(self._say, report))
 
     def _say(self, report: Report) -> None:
         if self.modelled.holds(report):
@@ -139,7 +140,7 @@ async def run_live(steps: Sequence[tuple[float, Event]]) -> Timed:
         asyncio.get_running_loop().call_soon(runtime.post, event)  # after the mailbox is open
 
     for at, event in steps:
-        clock.call_at(at, lambda event=event: happen(event))
+        clock.call_at(at, functools.partial(happen, event))
     await runtime.start()
     await settle()
     await clock.advance(10_000.0)

@@ -22,6 +22,7 @@ from flashserve.errors import (
     ContextLengthError,
     DeadlineError,
     DrainingError,
+    FlashServeError,
     ForbiddenError,
     InputError,
     InternalError,
@@ -32,9 +33,10 @@ from flashserve.errors import (
     UnavailableError,
     UnsupportedModelError,
 )
+from flashserve.live.generation import Generation
 from flashserve.live.launcher import launch
 from flashserve.live.requests import GenerationRequest, TextChunk
-from flashserve.live.service import Generation, Service
+from flashserve.live.service import Service
 from flashserve.messages.commands import Evict, Stage, StartReplica, StopReplica
 from flashserve.types import ModelId, SamplingParams, Tier
 
@@ -292,7 +294,7 @@ def test_requests_that_cannot_be_served_are_refused_before_anything_runs(tmp_pat
         rig.node.facts = dataclasses.replace(rig.node.facts, identity="id-2")
         await rig.deploy("plain")
         chat = ({"role": "user", "content": "x"},)
-        for error, words, fields in [
+        refused: list[tuple[type[FlashServeError], str, dict[str, Any]]] = [
             (
                 ModelNotFoundError,
                 "none is not deployed; deployed: plain, strict, tiny",
@@ -307,7 +309,8 @@ def test_requests_that_cannot_be_served_are_refused_before_anything_runs(tmp_pat
                 "plain has no chat template",
                 {"model_id": "plain", "messages": chat},
             ),
-        ]:
+        ]
+        for error, words, fields in refused:
             with pytest.raises(error, match=words):
                 await rig.service.submit(request(**fields))
         assert rig.node.commands == []
@@ -619,7 +622,7 @@ def test_arrivals_are_on_disk_after_the_end(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
     async def read(rig: Rig) -> None:
-        rows = await rig.service._catalogue.arrivals(M, 0, 1 << 40)
+        rows = await rig.service._recorder._catalogue.arrivals(M, 0, 1 << 40)
         assert sum(row.count for row in rows) == 3
 
     play(tmp_path, read, deployed=False)

@@ -26,19 +26,15 @@ from flashserve.errors import (
     ModelTooLargeError,
     QueueFullError,
 )
+from flashserve.live.generation import Generation
 from flashserve.live.launcher import launch
 from flashserve.live.requests import GenerationRequest, TextChunk
-from flashserve.live.service import Generation, Service
+from flashserve.live.service import Service
 from flashserve.types import ModelId, SamplingParams, Tier
 
 pytestmark = pytest.mark.integration
 ARENA_BYTES = 32 << 20
 CONTEXT = 4096
-SETTINGS = {
-    "node": NodeSettings(num_workers=1, threads_per_worker=1, dram_bytes=ARENA_BYTES),
-    "engine": EngineSettings(kv_bytes=16 << 20, max_batch_tokens=128),
-    "policy": PolicySettings(queue_limit=2, slot_patience_s=3600.0),
-}
 
 
 class Chain:
@@ -59,7 +55,13 @@ class Chain:
         self._runner.run(bounded())
 
     def start(self) -> None:
-        self._context = launch(Settings(data_dir=self.root / "data", **SETTINGS))
+        settings = Settings(
+            data_dir=self.root / "data",
+            node=NodeSettings(num_workers=1, threads_per_worker=1, dram_bytes=ARENA_BYTES),
+            engine=EngineSettings(kv_bytes=16 << 20, max_batch_tokens=128),
+            policy=PolicySettings(queue_limit=2, slot_patience_s=3600.0),
+        )
+        self._context = launch(settings)
         self.service = self._runner.run(self._context.__aenter__())
 
     def stop(self) -> None:
@@ -84,7 +86,7 @@ class Chain:
 
 def request(model: str, **fields: Any) -> GenerationRequest:
     names = {field.name for field in dataclasses.fields(SamplingParams)}
-    wanted = {"max_tokens": 40, "seed": 5, "ignore_eos": True}
+    wanted: dict[str, Any] = {"max_tokens": 40, "seed": 5, "ignore_eos": True}
     wanted |= {name: fields.pop(name) for name in list(fields) if name in names}
     return GenerationRequest(
         model_id=ModelId(model),

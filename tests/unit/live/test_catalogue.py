@@ -65,7 +65,7 @@ def test_deployed_models_are_there_after_a_restart(tmp_path: Path) -> None:
 
 
 def test_a_deleted_model_is_gone_with_its_arrivals(tmp_path: Path) -> None:
-    async def act(catalogue: Catalogue) -> tuple[object, object, object]:
+    async def act(catalogue: Catalogue) -> tuple[object, ...]:
         await catalogue.put(deployed(A))
         await catalogue.add_arrivals([ArrivalCount(A, 1, 1), ArrivalCount(B, 1, 1)])
         await catalogue.delete(A)

@@ -1,0 +1,177 @@
+"""Which models there are: checked when they are deployed, durable, known to the controller."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import structlog
+
+from flashserve.config import DeploySettings
+from flashserve.errors import ConflictError, FlashServeError, InputError, ModelNotFoundError
+from flashserve.live.catalogue import Catalogue, DeployedModel
+from flashserve.live.runtime import Runtime
+from flashserve.live.text import ModelText, TextCache
+from flashserve.messages.events import ModelDeleted, ModelDeployed
+from flashserve.messages.work import ModelFacts
+from flashserve.store.source import check_allowed, scheme_of
+from flashserve.types import MODEL_NAME, ModelId, ModelSpec
+
+_MAX_NAMES_IN_ERROR = 20
+_MAX_PRELOADED = 64
+_log = structlog.get_logger(__name__)
+
+
+class Deployments:
+    """The catalogue's models in memory, and their tokenizers. Changes happen one at a time."""
+
+    def __init__(self, allowed: DeploySettings, runtime: Runtime, catalogue: Catalogue) -> None:
+        self._allowed = allowed
+        self._runtime = runtime
+        self._catalogue = catalogue
+        self._texts = TextCache()
+        self._models: dict[ModelId, DeployedModel] = {}
+        self._changing = asyncio.Lock()
+
+    async def restore(self) -> None:
+        """Bring every deployed model back, cold. Its source is first looked at by a request."""
+        for model in await self._catalogue.models():
+            self._models[model.spec.model_id] = model
+            await self._runtime.apply(ModelDeployed(model.spec))
+
+    async def preload(self) -> None:
+        """Load the tokenizers of the latest deployments, so that no first request waits for one."""
+        latest = sorted(self._models.values(), key=lambda model: -model.created_at)
+        for model in latest[:_MAX_PRELOADED]:
+            try:
+                await self.text(model)
+            except FlashServeError as error:
+                _log.warning("a deployed model cannot be served now", reason=error.message)
+
+    def all(self) -> list[DeployedModel]:
+        """By name."""
+        return [self._models[model_id] for model_id in sorted(self._models)]
+
+    def find(self, model_id: ModelId) -> DeployedModel:
+        """The model of that name.
+
+        Raises:
+            ModelNotFoundError: it names the deployed models.
+        """
+        if (model := self._models.get(model_id)) is not None:
+            return model
+        names = sorted(self._models)
+        listed = ", ".join(names[:_MAX_NAMES_IN_ERROR]) or "none"
+        if (num_more := len(names) - _MAX_NAMES_IN_ERROR) > 0:
+            listed += f" and {num_more} more"
+        raise ModelNotFoundError(
+            f"model {model_id} is not deployed; deployed: {listed}", param="model"
+        )
+
+    async def text(self, model: DeployedModel) -> ModelText:
+        """Its tokenizer and chat template.
+
+        Raises:
+            SourceError, CheckpointError: its directory has vanished, or is damaged.
+        """
+        return await self._texts.get(model.spec.model_id, model.directory, model.identity)
+
+    async def deploy(
+        self, name: str, source: str, keep_alive_s: float | None, *, trusted: bool, replace: bool
+    ) -> None:
+        """See Service.deploy."""
+        _check_name(name)
+        _check_keep_alive(keep_alive_s)
+        source = _absolute(source)
+        if not trusted:
+            allowed = self._allowed
+            await asyncio.to_thread(check_allowed, source, allowed.roots, allowed.schemes)
+        if not replace:
+            self._check_free(ModelId(name), source)
+        facts = await self._runtime.nodes[0].describe(source)
+        async with self._changing:
+            if not replace:
+                self._check_free(ModelId(name), source, facts.identity)
+            model = _deployed_model(name, source, keep_alive_s, facts)
+            text = await self.text(model)
+            spec = dataclasses.replace(model.spec, has_chat_template=text.has_chat_template)
+            await self._take_on(dataclasses.replace(model, spec=spec))
+
+    async def delete(self, name: str) -> None:
+        """See Service.delete."""
+        async with self._changing:
+            model_id = self.find(ModelId(name)).spec.model_id
+            await self._catalogue.delete(model_id)
+            del self._models[model_id]
+            await self._runtime.apply(ModelDeleted(model_id))
+
+    async def _take_on(self, model: DeployedModel) -> None:
+        """Durable first, then known to the controller."""
+        model_id = model.spec.model_id
+        known = self._models.get(model_id)
+        if known is not None:
+            model = dataclasses.replace(model, created_at=known.created_at)
+        await self._catalogue.put(model)
+        self._models[model_id] = model
+        if known is not None and _changed_in_place(known, model):
+            await self._runtime.apply(ModelDeleted(model_id))
+        await self._runtime.apply(ModelDeployed(model.spec))
+
+    def _check_free(self, model_id: ModelId, source: str, identity: str | None = None) -> None:
+        """The name is free, or has this very source (as far as it is known)."""
+        known = self._models.get(model_id)
+        if known is None:
+            return
+        if known.spec.source != source:
+            raise ConflictError(
+                f"{model_id} is deployed from {known.spec.source}; delete it first, or replace it"
+            )
+        if identity not in {None, known.identity}:
+            raise ConflictError(
+                f"the files of {source} have changed since {model_id} was deployed; replace it"
+            )
+
+
+def _check_name(name: str) -> None:
+    if not MODEL_NAME.fullmatch(name):
+        raise InputError(
+            f"model name {name[:130]!r} does not match {MODEL_NAME.pattern}", param="name"
+        )
+
+
+def _check_keep_alive(keep_alive_s: float | None) -> None:
+    if keep_alive_s is not None and not (math.isfinite(keep_alive_s) and keep_alive_s >= 0):
+        raise InputError(
+            f"keep_alive_s is {keep_alive_s}, not a number from 0", param="keep_alive_s"
+        )
+
+
+def _changed_in_place(known: DeployedModel, model: DeployedModel) -> bool:
+    """Other weights that the controller could not tell from the old ones."""
+    return known.spec.source == model.spec.source and known.identity != model.identity
+
+
+def _absolute(source: str) -> str:
+    """A directory's full path: a restarted server may run in another one."""
+    return source if not source or scheme_of(source) else str(Path(source).absolute())
+
+
+def _deployed_model(
+    name: str, source: str, keep_alive_s: float | None, facts: ModelFacts
+) -> DeployedModel:
+    spec = ModelSpec(
+        model_id=ModelId(name),
+        source=source,
+        size_bytes=facts.size_bytes,
+        lowest_tier=facts.lowest_tier,
+        keep_alive_s=keep_alive_s,
+        architecture=facts.architecture,
+        context_tokens=facts.context_tokens,
+        has_chat_template=facts.has_chat_template,
+    )
+    return DeployedModel(
+        spec, facts.identity, Path(facts.directory), facts.kv_bytes_per_token, time.time()
+    )
