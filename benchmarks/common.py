@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
+import contextlib
 import json
 import os
 import pathlib
 import platform
+import shutil
 import statistics
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -43,33 +45,17 @@ def commit() -> str:
         return "unknown"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Spread:
-    """Repeats of one measurement: median, and the middle half of them."""
-
-    median: float
-    low: float
-    high: float
-    num_repeats: int
-
-    @classmethod
-    def of(cls, samples: Sequence[float]) -> Spread:
-        """Low and high are the quartiles; with fewer than four samples, the extremes."""
-        ordered = sorted(samples)
-        low, high = ordered[0], ordered[-1]
-        if len(ordered) >= 4:
-            low, _, high = statistics.quantiles(ordered, n=4, method="inclusive")
-        return cls(statistics.median(ordered), low, high, len(ordered))
-
-    def __str__(self) -> str:
-        return f"{self.median:.4g} [{self.low:.4g} .. {self.high:.4g}]"
+def median(samples: Iterable[float]) -> float:
+    return statistics.median(samples)
 
 
-def value(number: float, unit: str, *, better: str, aim: float | None = None) -> dict[str, Any]:
-    """One entry of a report's `values`. better: "lower" or "higher"."""
-    assert better in {"lower", "higher"}
-    met = None if aim is None else (number <= aim if better == "lower" else number >= aim)
-    return {"value": number, "unit": unit, "better": better, "aim": aim, "met": met}
+def spread(samples: Sequence[float]) -> dict[str, Any]:
+    """Median and quartiles of one measurement's repeats; with under four, their extremes."""
+    ordered = sorted(samples)
+    low, high = ordered[0], ordered[-1]
+    if len(ordered) >= 4:
+        low, _, high = statistics.quantiles(ordered, n=4, method="inclusive")
+    return {"median": median(ordered), "low": low, "high": high, "repeats": len(ordered)}
 
 
 def percentile(samples: Iterable[float], percent: float) -> float:
@@ -79,53 +65,85 @@ def percentile(samples: Iterable[float], percent: float) -> float:
     return ordered[int(rank) - 1]
 
 
-def parse_arguments(description: str) -> argparse.Namespace:
-    """--quick and --json FILE, which every benchmark takes."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="few repeats, small sizes: a hint")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the report here")
-    return parser.parse_args()
+def value(number: float, unit: str, *, better: str, aim: float | None = None) -> dict[str, Any]:
+    """One entry of a report's `values`. better: "lower" or "higher"."""
+    assert better in {"lower", "higher"}
+    met = None if aim is None else (number <= aim if better == "lower" else number >= aim)
+    return {"value": number, "unit": unit, "better": better, "aim": aim, "met": met}
+
+
+@contextlib.contextmanager
+def demo_model() -> Iterator[pathlib.Path]:
+    """The real small model's directory, converted once per clone."""
+    path = _ROOT / ".demo" / "models" / "smollm2"
+    subprocess.run([sys.executable, "-m", "flashserve.store.demo", str(path)], check=True)
+    yield path
+
+
+@contextlib.contextmanager
+def copy_of(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The same files elsewhere, removed afterwards."""
+    with tempfile.TemporaryDirectory() as temporary:
+        target = pathlib.Path(temporary) / directory.name
+        shutil.copytree(directory, target)
+        yield target
 
 
 def write_report(
-    path: pathlib.Path | None,
     bench: str,
     *,
     seed: int,
     rows: Sequence[Mapping[str, Any]],
     ratios: Mapping[str, float],
     values: Mapping[str, Mapping[str, Any]],
+    aims: Mapping[str, float] | None = None,
+    notes: str | None = None,
+    json_file: str | pathlib.Path | None = None,
 ) -> None:
-    """Prints where the numbers come from and writes the report as JSON, if a path is given.
+    """Prints what was measured and where, and writes it as JSON if a file is named.
 
     Args:
+        rows: one measurement each; all have the same keys.
         ratios: above 1 where FlashServe is better.
-        values: everything else, each made by `value`.
+        values: everything else, each made as by `value`.
+        aims: the least that each of the ratios should be.
+        notes: what the clock covers and what was cached.
     """
     report = {
         "bench": bench,
         "machine": machine(),
         "commit": commit(),
         "seed": seed,
-        "rows": list(rows),
+        "rows": [dict(row) for row in rows],
         "ratios": dict(ratios),
         "values": dict(values),
     }
+    if notes:
+        print(notes.strip() + "\n")
+    print_table(rows)
     print(f"\nmachine: {report['machine']}; commit: {report['commit']}; seed: {seed}")
     for name, ratio in ratios.items():
-        print(f"  {name} = {ratio:.3g}")
+        aim = (aims or {}).get(name)
+        print(f"  {name} = {ratio:.3g}" + _verdict(aim, aim is not None and ratio >= aim))
     for name, entry in values.items():
-        verdict = {True: "met", False: "missed", None: "no aim"}[entry["met"]]
-        aim = "" if entry["aim"] is None else f" (aim {entry['aim']:g}, {verdict})"
-        print(f"  {name} = {entry['value']:.4g} {entry['unit']}{aim}")
-    if path is not None:
-        path.write_text(json.dumps(report, indent=2) + "\n")
+        verdict = _verdict(entry["aim"], bool(entry["met"]))
+        print(f"  {name} = {entry['value']:.4g} {entry['unit']}{verdict}")
+    if json_file is not None:
+        pathlib.Path(json_file).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _verdict(aim: float | None, met: bool) -> str:
+    return "" if aim is None else f" (aim {aim:.3g}, {'met' if met else 'missed'})"
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows of equal keys, aligned; the keys are the heading."""
     heading = list(rows[0])
-    cells = [heading] + [[str(row[name]) for name in heading] for row in rows]
+    cells = [heading] + [[_cell(row[name]) for name in heading] for row in rows]
     widths = [max(len(line[column]) for line in cells) for column in range(len(heading))]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def _cell(content: object) -> str:
+    return f"{content:.4g}" if isinstance(content, float) else str(content)

@@ -3,51 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
 from tests.integration.engine.families import FAMILIES, VOCABULARY, generate, reference, served
+from tests.integration.engine.support import job, make_engine, prompt_of, run
 
 from flashserve.config import EngineSettings
 from flashserve.engine.engine import Engine
-from flashserve.engine.runner import KVShape
 from flashserve.messages.work import GenerateJob
 from flashserve.types import SamplingParams
 
 NUM_PROMPTS = 50
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def make_engine(family: str, pool_tokens: int, **settings: object) -> Engine:
-    model = served(family)
-    shape = KVShape.of(model.config, torch.float32)
-    pool = torch.zeros(pool_tokens * shape.bytes_per_token, dtype=torch.uint8)
-    return Engine(model, EngineSettings(block_tokens=8, **settings), pool)
-
-
-def job(name: str, prompt: list[int], num_tokens: int, **changes: object) -> GenerateJob:
-    params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
-    return GenerateJob(name, tuple(prompt), params, **changes)
-
-
-def run(engine: Engine) -> dict[str, list[int]]:
-    """Steps until all is done; the tokens of each sequence, indices checked."""
-    tokens: dict[str, list[int]] = {}
-    while engine.has_work:
-        for name, output in engine.step():
-            tokens.setdefault(name, []).append(output.token_id)
-    usage = engine.kv_usage()
-    assert usage.used == 0
-    assert usage.cached + usage.free == usage.total
-    return tokens
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -72,11 +39,6 @@ def test_fifty_prompts_equal_generate_under_chunks_and_preemption(family: str) -
     assert engine.counts["chunks"] > 0
     varied = [item for item in expected.values() if len(set(item)) > 2]
     assert len(varied) > 0.5 * NUM_PROMPTS, "the random model repeats itself"
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    draw = random.Random(seed)
-    return [draw.randrange(3, VOCABULARY) for _ in range(length)]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
