@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 import safetensors.numpy
+import uvloop
 
 from flashserve.config import EngineSettings, NodeSettings, Settings
 from flashserve.messages.commands import Evict, Stage, StartReplica, StopReplica
@@ -44,13 +45,15 @@ def run(check: Coroutine[Any, Any, None]) -> None:
     """Runs a test's coroutine, which must leave no task, child process or descriptor."""
 
     async def watched() -> None:
-        before = _descriptors()
         async with asyncio.timeout(TIMEOUT_S):
             await check
         assert asyncio.all_tasks() == {asyncio.current_task()}
-        assert _descriptors() == before
 
-    asyncio.run(watched())
+    uvloop.new_event_loop().close()  # the first one opens a pipe that the process keeps
+    before = _descriptors()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as the server does
+        runner.run(watched())
+    assert _descriptors() == before
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
 
