@@ -30,7 +30,14 @@ from flashserve.messages.commands import (
     StartReplica,
     StopReplica,
 )
-from flashserve.messages.events import Event, NodeJoined, RequestArrived, Tick, WorkersChanged
+from flashserve.messages.events import (
+    Event,
+    NodeJoined,
+    NodeLost,
+    RequestArrived,
+    Tick,
+    WorkersChanged,
+)
 from flashserve.node.client import Node
 from flashserve.types import ModelId, NodeId, RequestId
 
@@ -206,6 +213,8 @@ class Runtime:
             return None
         if isinstance(event, WorkersChanged):
             self._num_workers[event.node_id] = event.num_ready
+        elif isinstance(event, NodeLost):
+            self._num_workers.pop(event.node_id, None)
         if commands or not isinstance(event, Tick):
             _log.debug("event", event_name=type(event).__name__, fact=event, commands=commands)
         for watcher in self._watchers:

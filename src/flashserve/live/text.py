@@ -44,23 +44,26 @@ class ModelText:
         return self._template is not None
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """The ids of a plain prompt, with the special tokens that the tokenizer adds by itself."""
-        return tuple(self.tokenizer.encode(text).ids)
+        """The ids of a plain prompt, with the special tokens that the tokenizer adds by itself.
+
+        Raises:
+            InputError: the text is not valid Unicode.
+        """
+        return self._ids(text, "prompt", add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
         """The ids of a conversation; the template alone places special tokens.
 
         Raises:
             ChatTemplateError: the model has no chat template.
-            InputError: the template refuses the messages.
+            InputError: the template refuses the messages, or they are not valid Unicode.
         """
         if self._template is None:
             raise ChatTemplateError(
                 f"model {self.name} has no chat template; use /v1/completions with a plain prompt",
                 param="messages",
             )
-        text = self._template.render(messages)
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._ids(self._template.render(messages), "messages", add_special_tokens=False)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for, which may be a part of a character."""
@@ -76,6 +79,14 @@ class ModelText:
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes.fromhex(token[3:5])
         return token.replace("\u2581", " ").encode()
+
+    def _ids(self, text: str, param: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        try:
+            return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        except TypeError:  # the library takes a str that UTF-8 cannot write for something else
+            raise InputError(
+                "the text is not valid Unicode: it has half of a surrogate pair", param=param
+            ) from None
 
 
 def load_text(name: str, directory: Path) -> ModelText:

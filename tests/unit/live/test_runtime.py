@@ -16,6 +16,7 @@ from flashserve.messages.events import (
     Event,
     ModelDeleted,
     NodeJoined,
+    NodeLost,
     RequestArrived,
     Tick,
     WorkersChanged,
@@ -118,6 +119,9 @@ def test_a_node_joins_before_anything_else_is_heard_of_it() -> None:
         assert driven.runtime.num_ready_workers == 2
         driven.node.emit(WorkersChanged(NODE.node_id, 0))
         await settle()
+        assert driven.runtime.num_ready_workers == 0
+        driven.node.emit(WorkersChanged(NODE.node_id, 1))
+        await driven.runtime.apply(NodeLost(NODE.node_id, NODE.epoch))
         assert driven.runtime.num_ready_workers == 0
         await driven.runtime.close()
         await driven.runtime.close()

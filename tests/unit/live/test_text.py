@@ -69,6 +69,15 @@ def test_special_tokens_of_a_template_become_single_tokens(directory: Path) -> N
     assert len(ids) == 3
 
 
+def test_half_a_surrogate_pair_is_a_bad_request(directory: Path) -> None:
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    text = load_text("m", directory)
+    with pytest.raises(InputError, match="not valid Unicode"):
+        text.encode("a\ud800")
+    with pytest.raises(InputError, match="not valid Unicode"):
+        text.encode_chat([{"role": "user", "content": "\udc00"}])
+
+
 def test_what_is_missing_or_damaged_is_named(directory: Path) -> None:
     with pytest.raises(SourceError, match="is not there any more"):
         load_text("m", directory / "gone")
