@@ -174,9 +174,12 @@ def test_a_tensor_that_its_shard_lacks_is_named(tmp_path, write_checkpoint, writ
     assert "x.safetensors lacks tensor 'ghost'" in message
 
 
-def test_a_tensor_in_two_shards_is_refused(tmp_path, write_checkpoint, write_index):
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_tensor_in_two_shards_is_refused(tmp_path, write_checkpoint, write_index, listed):
     shards = {f"{name}.safetensors": {"same": np.zeros(1), name: np.zeros(1)} for name in "xy"}
     write_checkpoint(tmp_path, shards)
+    if not listed:
+        write_index(tmp_path, {"weight_map": {name: f"{name}.safetensors" for name in "xy"}})
     assert "'same'" in refusal(tmp_path)
 
 
