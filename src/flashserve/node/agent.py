@@ -23,23 +23,23 @@ from flashserve.messages.events import (
     WorkersChanged,
 )
 from flashserve.messages.work import (
-    DescribeModel,
     GenerateJob,
-    ModelDescription,
     ModelFacts,
     Prepare,
     TokenBatch,
     WorkerStats,
 )
 from flashserve.node.client import ModelResidence, NodeStats
+from flashserve.node.describing import describe
 from flashserve.node.hints import Hints
-from flashserve.node.pool import Launcher, Worker, WorkerPool
+from flashserve.node.pool import WorkerPool
 from flashserve.node.process import WORKER_COMMAND, threads_per_worker
 from flashserve.node.replica import Replica, staged_events
 from flashserve.node.staging import Operation, StagedModel, StoreQueue
+from flashserve.node.workers import Launcher, Worker
 from flashserve.store.source import open_source
 from flashserve.store.store import Store
-from flashserve.types import ModelId, ModelSpec, NodeId, NodeSpec, ReplicaId, TensorSlice, Tier
+from flashserve.types import ModelId, ModelSpec, NodeId, NodeSpec, ReplicaId, Tier
 
 _log = structlog.get_logger()
 _STATS_TIMEOUT_S = 2.0
@@ -132,24 +132,8 @@ class Agent:
     async def describe(self, uri: str) -> ModelFacts:
         """A spare worker checks that the model can be built; a temporary one if none is spare."""
         snapshot = await self._queue.run(lambda: self._store.inspect(uri))
-        tensors = tuple(
-            TensorSlice(entry.name, entry.dtype, entry.shape, entry.begin, entry.end - entry.begin)
-            for entry in snapshot.layout.tensors
-        )
-        description = await self._description(DescribeModel(snapshot.config, tensors))
-        hint = Prepare(0, 0, snapshot.config, tensors)
-        for worker in self._pool.spare:
-            worker.channel.notify("prepare", hint)
-        return ModelFacts(
-            size_bytes=snapshot.size_bytes,
-            identity=snapshot.identity,
-            directory=str(snapshot.directory),
-            architecture=description.architecture,
-            context_tokens=description.context_tokens,
-            has_chat_template=snapshot.chat_template is not None,
-            kv_bytes_per_token=description.kv_bytes_per_token,
-            lowest_tier=open_source(uri, self._settings.data_dir).lowest_tier,
-        )
+        lowest_tier = open_source(uri, self._settings.data_dir).lowest_tier
+        return await describe(snapshot, lowest_tier, self._pool)
 
     async def stats(self) -> NodeStats:
         models = dict(self._models)
@@ -297,13 +281,6 @@ class Agent:
 
     def _hint(self, model_id: ModelId, hint: Prepare) -> None:
         self._hints.add(model_id, hint, self._pool.spare)
-
-    async def _description(self, order: DescribeModel) -> ModelDescription:
-        await self._pool.wait_any_ready()
-        if spare := self._pool.spare:
-            return await spare[-1].channel.call("describe", order, ModelDescription)
-        async with self._pool.temporary() as worker:
-            return await worker.channel.call("describe", order, ModelDescription)
 
     async def _replica_stats(self) -> dict[ReplicaId, WorkerStats]:
         async def ask(replica: Replica) -> WorkerStats | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 
 from flashserve.messages.work import Prepare
-from flashserve.node.pool import Worker
+from flashserve.node.workers import Worker
 from flashserve.types import ModelId
 
 

@@ -21,8 +21,9 @@ from flashserve.messages.events import (
 )
 from flashserve.messages.work import GenerateJob, LoadReport, Prepare, TokenBatch
 from flashserve.node.channel import ItemStream
-from flashserve.node.pool import Worker, WorkerPool
+from flashserve.node.pool import WorkerPool
 from flashserve.node.staging import HeldModel, Operation, StoreQueue
+from flashserve.node.workers import Worker
 from flashserve.store.store import StageReport
 from flashserve.types import ModelId, ModelSpec, NodeId, Phases, ReplicaId, Tier
 

@@ -309,6 +309,26 @@ def test_a_start_is_stopped_while_the_worker_loads(kind: str, tmp_path: pathlib.
     run(check())
 
 
+def test_a_slow_reader_gets_every_token_in_a_bounded_number_of_items(
+    kind: str, tmp_path: pathlib.Path
+) -> None:
+    async def check() -> None:
+        async with running_node(kind, make_settings(tmp_path)) as bench:
+            await bench.started("m#1", fake_model(tmp_path, "m"))
+            batches = bench.node.generate(ReplicaId("m#1"), job("s", 5000))
+            tokens = list((await anext(batches)).tokens)
+            while (await bench.node.stats()).replicas[ReplicaId("m#1")].num_running:
+                pass
+            num_items = 1
+            async for batch in batches:
+                num_items += 1
+                tokens += batch.tokens
+            assert [token.index for token in tokens] == list(range(5000))
+            assert num_items < 200
+
+    run(check())
+
+
 def test_errors_of_the_engine_reach_the_stream(kind: str, tmp_path: pathlib.Path) -> None:
     async def check() -> None:
         async with running_node(kind, make_settings(tmp_path)) as bench:

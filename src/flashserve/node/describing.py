@@ -1,0 +1,44 @@
+"""Checks a source before it is deployed; a worker knows whether its model can be built."""
+
+from __future__ import annotations
+
+from flashserve.messages.work import DescribeModel, ModelDescription, ModelFacts, Prepare
+from flashserve.node.pool import WorkerPool
+from flashserve.store.snapshot import Snapshot
+from flashserve.types import TensorSlice, Tier
+
+
+async def describe(snapshot: Snapshot, lowest_tier: Tier, pool: WorkerPool) -> ModelFacts:
+    """What a node finds out about a source; spare workers begin to prepare for it.
+
+    Raises:
+        DeployError: a worker says that the model would not be served.
+        UnavailableError, ReplicaError: no worker could say.
+    """
+    tensors = tuple(
+        TensorSlice(entry.name, entry.dtype, entry.shape, entry.begin, entry.end - entry.begin)
+        for entry in snapshot.layout.tensors
+    )
+    description = await _ask(DescribeModel(snapshot.config, tensors), pool)
+    hint = Prepare(0, 0, snapshot.config, tensors)
+    for worker in pool.spare:
+        worker.channel.notify("prepare", hint)
+    return ModelFacts(
+        size_bytes=snapshot.size_bytes,
+        identity=snapshot.identity,
+        directory=str(snapshot.directory),
+        architecture=description.architecture,
+        context_tokens=description.context_tokens,
+        has_chat_template=snapshot.chat_template is not None,
+        kv_bytes_per_token=description.kv_bytes_per_token,
+        lowest_tier=lowest_tier,
+    )
+
+
+async def _ask(order: DescribeModel, pool: WorkerPool) -> ModelDescription:
+    """A spare worker, of them the last in line for a replica; else one started for this."""
+    await pool.wait_any_ready()
+    if spare := pool.spare:
+        return await spare[-1].channel.call("describe", order, ModelDescription)
+    async with pool.temporary() as worker:
+        return await worker.channel.call("describe", order, ModelDescription)
