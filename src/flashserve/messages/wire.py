@@ -27,6 +27,8 @@ INITIAL_CREDIT = 32
 """Items that a callee may send on a new stream before the first Credit."""
 
 _LENGTH = struct.Struct(">I")
+# Bad UTF-8 is a ValueError, and nesting without end a RecursionError, of Python's own.
+_MALFORMED = (msgspec.MsgspecError, ValueError, RecursionError)
 T = TypeVar("T")
 
 
@@ -89,7 +91,7 @@ def unpack(body: msgspec.Raw, kind: type[T]) -> T:
     """
     try:
         return msgspec.msgpack.decode(body, type=kind)
-    except msgspec.MsgspecError as error:
+    except _MALFORMED as error:
         raise WireError(f"a message is not a valid {kind.__name__}: {error}") from None
 
 
@@ -138,5 +140,5 @@ class FrameDecoder:
 def _decode(payload: bytes) -> Frame:
     try:
         return _frame_decoder.decode(payload)
-    except msgspec.MsgspecError as error:
+    except _MALFORMED as error:
         raise WireError(f"a frame does not have the agreed form: {error}") from None

@@ -73,6 +73,8 @@ def test_a_frame_of_the_largest_size_passes_and_one_byte_more_does_not() -> None
         msgspec.msgpack.encode(["unheard of", 1]),
         msgspec.msgpack.encode(["end", 1])[:-1],
         b"\x91" * 5000,
+        b"\x93\xa4call\x01\xa2\xff\xfe",
+        b"\x93\xa4item\x01" + b"\x91" * 100_000,
     ],
 )
 def test_garbage_is_refused(payload: bytes) -> None:
@@ -93,6 +95,12 @@ def test_values_come_back_as_they_were() -> None:
     batch = TokenBatch((TokenOutput(0, 9, -0.5, ((9, -0.5), (8, -1.0)), "stop", 1.25),), 0.5)
     for value in (job, order, batch):
         assert wire.unpack(wire.pack(value), type(value)) == value
+
+
+@pytest.mark.parametrize("body", [b"\xa2\xff\xfe", b"\x91" * 100_000])
+def test_a_malformed_body_is_refused(body: bytes) -> None:
+    with pytest.raises(WireError):
+        wire.unpack(msgspec.Raw(body), object)
 
 
 def test_a_body_of_another_kind_is_refused_by_name() -> None:
