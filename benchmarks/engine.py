@@ -191,8 +191,8 @@ def sentence(bench: Bench, samples: dict[str, list[float]], concurrency: int) ->
     linears = 1000 * concurrency / common.median(samples["linears alone"])
     attention = bench.attention_ms(bench.prompts[:concurrency])
     return (
-        f"With {concurrency} concurrent, a new token of each takes {total:.1f} ms: {linears:.1f} ms "
-        f"of products with the weights, {attention:.1f} ms of attention over the cache; the "
+        f"With {concurrency} concurrent, a new token of each takes {total:.1f} ms: "
+        f"{linears:.1f} ms of products with the weights, {attention:.1f} ms of attention; the "
         f"other {total - linears - attention:.1f} ms go to the prompts, norms, rotary embedding, "
         "sampling and Python."
     )

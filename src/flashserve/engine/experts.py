@@ -41,6 +41,8 @@ class Experts(nn.ModuleList):
             weights: [tokens, k] of those experts.
         """
         output = torch.zeros_like(hidden)
+        if hidden.is_meta:
+            return output
         for index in sorted(set(chosen.flatten().tolist())):
             tokens, places = torch.where(chosen == index)
             num_rows = len(tokens)

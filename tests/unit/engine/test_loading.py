@@ -107,7 +107,6 @@ def test_a_checkpoint_that_contradicts_the_config_is_refused_by_tensor() -> None
         {"attention_bias": "no"},
         {"hidden_size": 17},
         {"dtype": "float7"},
-        {"dtype": 5},
     ],
 )
 def test_a_senseless_config_is_refused_in_one_line(changes: dict[str, Any]) -> None:
