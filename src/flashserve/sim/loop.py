@@ -112,5 +112,6 @@ class Simulation:
             self._push(report.at, node.spec.node_id, report)
 
     def _push(self, at: float, node_id: NodeId | None, entry: Report | Event) -> None:
+        assert at >= self.now, "nothing happens in the past"
         self._num_pushed += 1
         heapq.heappush(self._heap, (at, self._num_pushed, node_id, entry))

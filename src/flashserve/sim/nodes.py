@@ -174,7 +174,7 @@ class ModelledNode:
                 command.node_id, command.replica_id, model_id, "unavailable", message
             )
             return [self._report(now, failed)]
-        loading_at = max(move.ends_at, heapq.heappop(self._free_at))
+        loading_at = max(now, move.ends_at, heapq.heappop(self._free_at))
         self._replicas.add(command.replica_id)
         device_s = command.model.size_bytes / self._speeds.dram_bytes_per_s
         moved_s = max(0.0, move.ends_at - now)

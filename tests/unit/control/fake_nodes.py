@@ -33,9 +33,15 @@ def model(name: str, extents: int = 1, **changes: object) -> ModelSpec:
     return dataclasses.replace(spec, **changes)  # type: ignore[arg-type]
 
 
-def node(name: str = "n1", workers: int = 1, extents: int = 8, **changes: int) -> NodeSpec:
-    spec = NodeSpec(NodeId(name), 1, workers, extents * EXTENT_BYTES)
-    return dataclasses.replace(spec, **changes)
+def node(
+    name: str = "n1",
+    workers: int = 1,
+    extents: int = 8,
+    *,
+    epoch: int = 1,
+    max_sequences: int = 32,
+) -> NodeSpec:
+    return NodeSpec(NodeId(name), epoch, workers, extents * EXTENT_BYTES, max_sequences)
 
 
 class FakeNode:

@@ -154,6 +154,11 @@ class Anything(RuleBasedStateMachine):
     def delete(self, name: ModelId) -> None:
         self.fleet.tell(events.ModelDeleted(name))
 
+    @precondition(lambda self: self.num_requests > 12)
+    @rule()
+    def drain(self) -> None:
+        self.fleet.tell(events.DrainStarted())
+
     @invariant()
     def accounts_are_true(self) -> None:
         if hasattr(self, "fleet"):
