@@ -129,7 +129,7 @@ class Controller:
             case TimerKind.PATIENCE:
                 return slots.lose_patience(state, state.models[ModelId(timer.key)], now)
             case TimerKind.RETRY:
-                state.end_shunning(state.shunning[ModelId(timer.key)])
+                state.line.end_shunning(state.line.shunning[ModelId(timer.key)])
                 return []
             case TimerKind.BACKOFF:
                 state.models[ModelId(timer.key)].failure = None

@@ -115,14 +115,14 @@ def drain_started(state: State) -> list[Command]:
     """Requests with a replica that is ready or starting go on; who waits for a slot does not."""
     state.is_draining = True
     commands: list[Command] = []
-    for model in list(state.wanting.values()):
+    for model in list(state.line.models.values()):
         commands += requests.reject_waiting(state, model, admission.refuse_draining())
     return commands
 
 
 def _reject_all_too_large(state: State) -> list[Command]:
     commands: list[Command] = []
-    for model in list(state.wanting.values()):
+    for model in list(state.line.models.values()):
         commands += _reject_too_large(state, model)
     return commands
 

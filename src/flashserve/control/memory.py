@@ -122,7 +122,7 @@ def evicted(state: State, event: Evicted) -> list[Command]:
     node, model = state.nodes.get(event.node_id), state.models.get(event.model_id)
     if node is None:
         return []
-    state.clear_shunned()
+    state.line.clear_shunned()
     if num_unanswered := node.unanswered_evicts.pop(event.model_id, 0):
         if num_unanswered > 1:
             node.unanswered_evicts[event.model_id] = num_unanswered - 1

@@ -70,7 +70,7 @@ def forget_deleted(state: State, model: Model) -> None:
     """A deleted model is gone with its last replica; its bytes were evicted before."""
     if model.is_deleted and not model.replicas:
         del state.models[model.model_id]
-        state.end_shunning(model)
+        state.line.end_shunning(model)
         state.estimates.forget(model.model_id)
 
 

@@ -71,7 +71,7 @@ def _try_again(state: State, node: Node, model: Model, message: str, now: float)
     model.reason = f"{node.node_id} had no room for it, next try follows: {message}"
     if not commands:
         retry_s = max(state.settings.failure_backoff_s, _MIN_RETRY_S)
-        state.shun(model, node.node_id, now + retry_s)
+        state.line.shun(model, node.node_id, now + retry_s)
     return commands
 
 

@@ -214,14 +214,14 @@ def _predict_anywhere(state: State, model: Model) -> Phases:
 
 
 def _wait_s(state: State, model: Model, now: float) -> float:
-    """Until a queue of this model is expected to move."""
+    """Until the last that waits for this model has a replica with room, as far as can be told."""
     if starting := _starting(model):
         return cost.remaining(starting.phases, now - starting.started_at).startup_s
     run_s = state.estimates.value(Quantity.RUN_S, model.model_id)
     room = sum(r.limit for r in model.replicas.values() if r.status is Status.READY)
     if room:
-        return admission.wait_s(len(model.waiting), room, run_s)
-    return admission.wait_s(len(state.wanting), state.num_workers, run_s)
+        return admission.wait_s(max(len(model.waiting) - 1, 0), room, run_s)
+    return admission.wait_s(max(len(state.line.models) - 1, 0), state.num_workers, run_s)
 
 
 def _prefill_s(state: State, model: Model) -> float:

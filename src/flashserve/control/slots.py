@@ -34,14 +34,14 @@ _MIN_PATIENCE_S = 1.0
 def fill(state: State, now: float) -> list[Command]:
     """Start what stands in line, as far as workers and memory go."""
     commands = _release_claims(state, now)
-    if not state.wanting or not (state.free_nodes or state.idle):
+    if not state.line.models or not (state.free_nodes or state.idle):
         return commands
     taken: set[NodeId] = set()
     num_misses = 0
-    for model in list(state.wanting.values()):
+    for model in list(state.line.models.values()):
         if num_misses == _NUM_MISSES:
             break
-        if model.model_id not in state.wanting:  # a release gave it its old replica back
+        if model.model_id not in state.line.models:  # a release gave it its old replica back
             continue
         if started := _start(state, model, taken, now):
             commands += started
@@ -117,7 +117,7 @@ def lose_patience(state: State, model: Model, now: float) -> list[Command]:
     be made to suit, so that nobody behind it gets in its way, and asks again.
     """
     commands = fill(state, now)
-    if model.model_id not in state.wanting:
+    if model.model_id not in state.line.models:
         return commands
     again = now + max(state.settings.slot_patience_s, _MIN_PATIENCE_S)
     nodes = [node for node in _nodes_to_claim(state, model) if _could_suit(state, node, model)]
@@ -130,7 +130,7 @@ def lose_patience(state: State, model: Model, now: float) -> list[Command]:
     else:
         if nodes:
             _claim(state, nodes[0], model, [], now)
-    state.set_patience(model, again)
+    state.line.set_patience(model, again)
     return commands + _release_claims(state, now)
 
 
@@ -223,9 +223,9 @@ def _claim(state: State, node: Node, model: Model, victims: list[Replica], now: 
 def _release_claims(state: State, now: float) -> list[Command]:
     """End the claims of models that got room or want none; what drained for them goes on."""
     commands: list[Command] = []
-    while state.lapsed_claims:
-        model = state.lapsed_claims.pop()
-        if model.claim is None or model.model_id in state.wanting:
+    while state.line.lapsed:
+        model = state.line.lapsed.pop()
+        if model.claim is None or model.model_id in state.line.models:
             continue
         node = state.nodes[model.claim]
         node.claims.pop(model.model_id, None)

@@ -1,16 +1,15 @@
 """What the controller knows, and the indexes that keep every event's work small.
 
-Handlers change the records through these methods alone, because each keeps the indexes true:
-`wanting` (models to start, first come first served), `free_nodes`, `idle` and `busy` replicas in
-the order of their last change, each node's pinned and evictable bytes, and the timers.
+Handlers change the records through these methods alone, because each keeps the indexes true: the
+line of models to start, `free_nodes`, `idle` and `busy` replicas in the order of their last
+change, each node's pinned and evictable bytes, and the timers.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 from flashserve.config import PolicySettings
 from flashserve.control.estimates import Estimates
+from flashserve.control.line import Line
 from flashserve.control.records import Model, Node, Replica, Request, Resident, Status
 from flashserve.control.timers import Timer, TimerKind, Timers
 from flashserve.policy import keepalive
@@ -25,17 +24,14 @@ class State:
         self.nodes: dict[NodeId, Node] = {}
         self.replicas: dict[ReplicaId, Replica] = {}
         self.requests: dict[RequestId, Request] = {}
-        self.wanting: OrderedDict[ModelId, Model] = OrderedDict()
-        self.free_nodes: OrderedDict[NodeId, Node] = OrderedDict()
+        self.free_nodes: dict[NodeId, Node] = {}
         self.idle: dict[ReplicaId, Replica] = {}
         self.busy: dict[ReplicaId, Replica] = {}
-        self.shunning: dict[ModelId, Model] = {}
-        self.lapsed_claims: list[Model] = []
-        """Models that need their claim no more; see slots.py."""
         self.unheld: list[Request] = []
         """Requests that began to wait in this event and have not been told so."""
         self.estimates = Estimates()
         self.timers = Timers(self._due_at)
+        self.line = Line(self.timers, settings.slot_patience_s)
         self.epochs: dict[NodeId, int] = {}
         """The last epoch seen of every node, also of lost ones."""
         self.num_workers = 0
@@ -44,7 +40,6 @@ class State:
         self.is_draining = False
         self._num_started = 0
         self._num_arrived = 0
-        self._num_lined_up = 0
 
     def new_replica_id(self, model_id: ModelId) -> ReplicaId:
         """Never used twice, not even by a model that was deleted and deployed again."""
@@ -95,12 +90,12 @@ class State:
         if requests and last and requests[0].sequence < last.sequence:
             ordered = sorted(model.waiting.values(), key=lambda request: request.sequence)
             model.waiting = {request.request_id: request for request in ordered}
-        self.review_want(model)
+        self.line.review(model)
 
     def forget_waiting(self, model: Model, request: Request) -> None:
         del model.waiting[request.request_id]
         del self.requests[request.request_id]
-        self.review_want(model)
+        self.line.review(model)
 
     def begin(self, model: Model, request: Request, replica: Replica, now: float) -> None:
         """The request runs on a replica from now on."""
@@ -146,7 +141,7 @@ class State:
         model.replicas[replica.replica_id] = replica
         self._review_slots(node)
         self._refresh_pin(node, model)
-        self.review_want(model)
+        self.line.review(model)
 
     def remove_replica(self, replica: Replica, now: float) -> None:
         """Its slot is free; requests must have been taken from it before."""
@@ -161,40 +156,19 @@ class State:
             resident.touched_at = now
         self._review_slots(node)
         self._refresh_pin(node, model)
-        self.review_want(model)
-        self.clear_shunned()
+        self.line.review(model)
+        self.line.clear_shunned()
 
     def set_status(self, replica: Replica, status: Status, now: float) -> None:
         replica.status = status
         replica.changed_at = now
         self._reindex(replica)
-        self.review_want(self.models[replica.model_id])
+        self.line.review(self.models[replica.model_id])
 
     def watch_keep_alive(self, replica: Replica) -> None:
         due = self._keep_alive_ends(replica)
         if due is not None:
             self.timers.schedule(Timer(TimerKind.KEEP_ALIVE, replica.replica_id), due)
-
-    def review_want(self, model: Model) -> None:
-        """Put the model into the line for a slot, or take it out, as its state demands."""
-        wants, stands = model.is_wanting, model.model_id in self.wanting
-        if wants and not stands:
-            first = next(iter(model.waiting.values()))
-            self.wanting[model.model_id] = model
-            model.place_in_line = self._num_lined_up = self._num_lined_up + 1
-            if first.attempts or model.memory_failures:
-                # It had its turn and lost it by no fault of its requests.
-                self.wanting.move_to_end(model.model_id, last=False)
-                model.place_in_line = -self._num_lined_up
-            self.set_patience(model, first.waiting_since + self.settings.slot_patience_s)
-        elif stands and not wants:
-            del self.wanting[model.model_id]
-            if model.claim is not None:
-                self.lapsed_claims.append(model)
-
-    def set_patience(self, model: Model, when: float) -> None:
-        model.patience_at = when
-        self.timers.schedule(Timer(TimerKind.PATIENCE, model.model_id), when)
 
     def _reindex(self, replica: Replica) -> None:
         node, replica_id = self.nodes[replica.node_id], replica.replica_id
@@ -250,7 +224,7 @@ class State:
         node.pinned_bytes -= resident.num_bytes if resident.is_pinned else 0
         node.evictable.pop(model_id, None)
         del self.models[model_id].dram_nodes[node.node_id]
-        self.clear_shunned()
+        self.line.clear_shunned()
 
     def _refresh_pin(self, node: Node, model: Model) -> None:
         resident = node.resident.get(model.model_id)
@@ -266,22 +240,6 @@ class State:
         else:
             node.evictable.setdefault(model.model_id)
 
-    def shun(self, model: Model, node_id: NodeId, retry_at: float) -> None:
-        """Start the model elsewhere, until something changes or `retry_at`."""
-        model.shunned[node_id] = None
-        model.retry_at = retry_at
-        self.shunning[model.model_id] = model
-        self.timers.schedule(Timer(TimerKind.RETRY, model.model_id), retry_at)
-
-    def end_shunning(self, model: Model) -> None:
-        model.shunned.clear()
-        self.shunning.pop(model.model_id, None)
-
-    def clear_shunned(self) -> None:
-        for model in self.shunning.values():
-            model.shunned.clear()
-        self.shunning.clear()
-
     # Nodes
 
     def add_node(self, spec: NodeSpec) -> None:
@@ -290,7 +248,7 @@ class State:
         self.epochs[spec.node_id] = spec.epoch
         self._review_slots(node)
         self._sum_nodes()
-        self.clear_shunned()
+        self.line.clear_shunned()
 
     def forget_bytes(self, node: Node) -> None:
         """Everything that was in the node's DRAM or on its disk is gone."""
@@ -332,10 +290,10 @@ class State:
                 replica = self.replicas.get(ReplicaId(timer.key))
                 return self._keep_alive_ends(replica) if replica else None
             case TimerKind.PATIENCE:
-                model = self.wanting.get(ModelId(timer.key))
+                model = self.line.models.get(ModelId(timer.key))
                 return model.patience_at if model else None
             case TimerKind.RETRY:
-                model = self.shunning.get(ModelId(timer.key))
+                model = self.line.shunning.get(ModelId(timer.key))
                 return model.retry_at if model else None
             case TimerKind.BACKOFF:
                 model = self.models.get(ModelId(timer.key))

@@ -197,14 +197,14 @@ def check_accounts(fleet: Fleet) -> None:
     assert set(state.busy) == {
         r.replica_id for r in state.replicas.values() if r.status is Status.READY and r.in_flight
     }
-    assert set(state.wanting) == {m for m, known in state.models.items() if known.is_wanting}
+    assert set(state.line.models) == {m for m, known in state.models.items() if known.is_wanting}
     for known_model in state.models.values():
         assert known_model.num_running == sum(
             len(r.in_flight) for r in known_model.replicas.values()
         )
         order = [request.sequence for request in known_model.waiting.values()]
         assert order == sorted(order)
-        assert known_model.claim is None or known_model.model_id in state.wanting
+        assert known_model.claim is None or known_model.model_id in state.line.models
         assert not known_model.is_deleted or known_model.replicas
         assert set(known_model.dram_nodes) == {
             n for n, known in state.nodes.items() if known_model.model_id in known.resident
