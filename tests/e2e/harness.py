@@ -55,6 +55,7 @@ class Server:
             "LOG_LEVEL": "warning",
             "SERVER__PORT": "0",
             "NODE__NUM_WORKERS": "2",
+            "NODE__THREADS_PER_WORKER": "1",  # more collapse when the cores are busy
             "NODE__DRAM_BYTES": "768MiB",
             "ENGINE__KV_BYTES": "96MiB",
         }
