@@ -51,9 +51,10 @@ def sample(logits: torch.Tensor, draws: Rows[Draw]) -> list[Drawn]:
         logits: [rows, vocabulary], any float dtype.
         draws: one for each row.
     """
-    best = logits.argmax(dim=-1)
-    # A row with a NaN has it as its maximum, one that overflowed an infinity.
-    valid = logits.gather(1, best[:, None])[:, 0].isfinite().tolist()
+    # A row with a NaN has it as its maximum, one that overflowed an infinity. Several times faster
+    # in bfloat16 than argmax, and the same: of equal ones the first.
+    highest, best = logits.max(dim=-1)
+    valid = highest.isfinite().tolist()
     tokens = best.tolist()
     drawn = []
     for row, draw in enumerate(draws):
