@@ -56,10 +56,14 @@ class Batcher:
         return len(self._waiting)
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a sequence whose max_cached_tokens fit the pool."""
+        """Queues a sequence whose max_cached_tokens fit the pool.
+
+        Another thread may call it while `schedule`, `commit` or a step runs: nothing looks at a
+        sequence before the last line.
+        """
         assert self._pool.blocks_for(sequence.max_cached_tokens) <= self._pool.num_blocks
-        self._waiting.append(sequence)
         self._by_id[sequence.sequence_id] = sequence
+        self._waiting.append(sequence)
 
     def remove(self, sequence_id: str) -> None:
         """Takes a finished or aborted sequence out and gives its blocks back."""

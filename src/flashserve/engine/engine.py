@@ -1,4 +1,7 @@
-"""The batching engine: takes jobs, computes steps, emits tokens. One thread owns it."""
+"""The batching engine: takes jobs, computes steps, emits tokens.
+
+One thread owns it; `add` alone may be called from another one, also during a step.
+"""
 
 from __future__ import annotations
 

@@ -1,13 +1,16 @@
 """What a worker process does all day: answer frames, step the engine, send its tokens.
 
-One thread, one loop. It sleeps in `poll` when there is nothing to do, looks at the socket without
-waiting between two steps, and uses idle time to prepare for models that may come.
+One loop. It sleeps in `poll` when there is nothing to do, looks for frames without waiting between
+two steps, and uses idle time to prepare for models that may come. Beside it the link's receiving
+thread hands new sequences to the engine at once, so that a request does not wait for the end of a
+step to be queued (`_accept`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 import time
 from typing import Any, Protocol
 
@@ -82,6 +85,10 @@ class Serving:
         self._ready = ready
         self._streams: dict[int, _Stream] = {}
         self._sequences: dict[str, _Stream] = {}
+        self._refused: dict[int, Fault] = {}
+        """Generate calls that `_accept` could not queue; the loop, which alone sends, answers."""
+        self._lock = threading.Lock()
+        """Held while the engine is made, emptied or freed, and while a sequence is added."""
         self._may_work_ahead = False
 
     def run(self) -> None:
@@ -93,6 +100,7 @@ class Serving:
             WireError: the agent sent something that is no frame.
         """
         self._link.send(Notice("ready", wire.pack(self._ready)))
+        self._link.listen(self._accept)
         while True:
             for frame in self._link.poll(self._patience_s()):
                 self._handle(frame)
@@ -109,15 +117,19 @@ class Serving:
 
     def _handle(self, frame: Frame) -> None:
         match frame:
-            case Call(call_id, method, body):
-                self._call(call_id, method, body)
+            case Call(call_id, "generate"):
+                if refusal := self._refused.pop(call_id, None):
+                    self._link.send(refusal)
+            case Call():
+                self._call(frame)
             case Credit(call_id, num_items):
                 if stream := self._streams.get(call_id):
                     stream.credit += num_items
                     self._send_tokens(stream)
             case Cancel(call_id):
                 if stream := self._streams.get(call_id):
-                    self._abort(stream)
+                    with self._lock:
+                        self._abort(stream)
                     self._link.send(End(call_id))
             case Notice("prepare", body):
                 self._host.prepare(wire.unpack(body, Prepare))
@@ -125,23 +137,27 @@ class Serving:
             case _:
                 _log.warning("unexpected frame %s", type(frame).__name__)
 
-    def _call(self, call_id: int, method: str, body: Any) -> None:
+    def _accept(self, frame: Frame) -> None:
+        """Queues a new sequence; on the receiving thread, also while a step is being computed."""
+        if isinstance(frame, Call) and frame.method == "generate":
+            try:
+                with self._lock:
+                    self._generate(frame.id, wire.unpack(frame.body, GenerateJob))
+            except Exception as error:
+                self._refused[frame.id] = _fault(frame, error)
+
+    def _call(self, call: Call) -> None:
         """Answers a call; whatever goes wrong in it becomes its Fault."""
         try:
-            if method == "generate":
-                self._generate(call_id, wire.unpack(body, GenerateJob))
-            else:
-                self._link.send(Reply(call_id, wire.pack(self._answer(method, body))))
-        except FlashServeError as error:
-            self._link.send(Fault(call_id, error.code, error.message))
+            self._link.send(Reply(call.id, wire.pack(self._answer(call.method, call.body))))
         except Exception as error:
-            _log.exception("%s failed", method)
-            self._link.send(Fault(call_id, InternalError.code, _describe_error(method, error)))
+            self._link.send(_fault(call, error))
 
     def _answer(self, method: str, body: Any) -> object:
         match method:
             case "load":
-                return self._host.load(wire.unpack(body, LoadModel))
+                with self._lock:
+                    return self._host.load(wire.unpack(body, LoadModel))
             case "unload":
                 self._unload()
                 return None
@@ -158,16 +174,21 @@ class Serving:
             raise ReplicaError("the worker holds no model")
         if job.sequence_id in self._sequences:
             raise InputError(f"sequence {job.sequence_id} is already running")
-        engine.add(job)
         stream = _Stream(call_id, job.sequence_id, time.monotonic())
         self._streams[call_id] = stream
         self._sequences[job.sequence_id] = stream
+        try:
+            engine.add(job)
+        except BaseException:
+            self._forget(stream)
+            raise
 
     def _unload(self) -> None:
-        for stream in list(self._streams.values()):
-            self._abort(stream)
-            self._link.send(Fault(stream.call_id, ReplicaError.code, "the replica was stopped"))
-        self._host.unload()
+        with self._lock:
+            for stream in list(self._streams.values()):
+                self._abort(stream)
+                self._link.send(Fault(stream.call_id, ReplicaError.code, "the replica was stopped"))
+            self._host.unload()
         self._may_work_ahead = True
 
     def _stats(self) -> WorkerStats:
@@ -180,7 +201,8 @@ class Serving:
             outputs = engine.step()
         except Exception as error:
             _log.exception("a step failed; its sequences end")
-            self._fail_all(engine, _describe_error("step", error))
+            with self._lock:
+                self._fail_all(engine, _describe_error("step", error))
             return
         touched: dict[int, _Stream] = {}
         for sequence_id, token in outputs:
@@ -227,6 +249,13 @@ class Serving:
     def _forget(self, stream: _Stream) -> None:
         del self._streams[stream.call_id]
         del self._sequences[stream.sequence_id]
+
+
+def _fault(call: Call, error: Exception) -> Fault:
+    if isinstance(error, FlashServeError):
+        return Fault(call.id, error.code, error.message)
+    _log.error("%s failed", call.method, exc_info=error)
+    return Fault(call.id, InternalError.code, _describe_error(call.method, error))
 
 
 def _describe_error(what: str, error: Exception) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -34,6 +34,10 @@ class Link:
         self.incoming = collections.deque(turns)
         self.sent: list[Frame] = []
         self.patience: list[float | None] = []
+        self.on_frame: Callable[[Frame], None] = lambda frame: None
+
+    def listen(self, on_frame: Callable[[Frame], None]) -> None:
+        self.on_frame = on_frame
 
     def send(self, frame: Frame) -> None:
         self.sent.append(frame)
@@ -42,7 +46,10 @@ class Link:
         self.patience.append(timeout_s)
         if not self.incoming:
             raise ConnectionResetError
-        return self.incoming.popleft()
+        turn = self.incoming.popleft()
+        for frame in turn:
+            self.on_frame(frame)
+        return turn
 
 
 class Engine:
