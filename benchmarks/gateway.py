@@ -40,7 +40,7 @@ def main() -> None:
     num_requests = 10 if args.quick else 50
     with (
         common.demo_model() as model_dir,
-        bench_server.running_server(NODE__NUM_WORKERS="1") as server,
+        bench_server.running_server() as server,
         concurrent.futures.ThreadPoolExecutor(NUM_STREAMS) as pool,
     ):
         deploy(server, "warm", model_dir, keep_alive_s=3600)

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 _PR_SET_PDEATHSIG = 1
 _EXIT_PARENT_GONE = 0
 _EXIT_ENGINE = 70
+_SWITCH_INTERVAL_S = 0.0005
+"""The link's receiving thread gets its turn so soon, also while a step runs."""
 
 _log = logging.getLogger("flashserve.worker")
 
@@ -60,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.threads,
         EngineSettings.model_validate(arguments.settings),
     )
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     try:
         Serving(Link(link_socket), host, ready).run()
     except ConnectionError:
