@@ -9,7 +9,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
 	&& echo $$p && break; done)
-# More options for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu
+# More options for pip, such as --extra-index-url with an index of CPU builds of torch.
 PIP_FLAGS ?=
 
 VENV := .venv

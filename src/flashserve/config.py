@@ -129,7 +129,7 @@ class PolicySettings(_Section):
     """When models start, wait and stop."""
 
     keep_alive_s: float = Field(300.0, ge=0)
-    queue_limit: int = Field(256, ge=0)
+    queue_limit: PositiveInt = 256
     """Requests that may wait for one model; one more is answered 429."""
     deadline_s: PositiveFloat = 120.0
     """A request that has waited so long for its dispatch is answered 503."""
