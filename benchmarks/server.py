@@ -84,15 +84,9 @@ def wait_for_state(server: Server, name: str, state: str, tier: str) -> None:
     raise SystemExit(f"{name} did not become {state} in {tier}: {status}")
 
 
-def stream_completion(
-    server: Server, model: str, prompt_ids: list[int], max_tokens: int
-) -> tuple[float, dict]:
-    """One streamed completion without prefix reuse.
-
-    Returns:
-        Seconds from the request's sending to its first token, and its receipt.
-    """
-    body = {
+def completion_body(model: str, prompt_ids: list[int], max_tokens: int) -> dict:
+    """A streamed greedy completion of exactly `max_tokens` that reuses no prefix."""
+    return {
         "model": model,
         "prompt": prompt_ids,
         "max_tokens": max_tokens,
@@ -101,6 +95,17 @@ def stream_completion(
         "stream": True,
         "flashserve": {"reuse_prefix": False},
     }
+
+
+def stream_completion(
+    server: Server, model: str, prompt_ids: list[int], max_tokens: int
+) -> tuple[float, dict]:
+    """One streamed completion without prefix reuse.
+
+    Returns:
+        Seconds from the request's sending to its first token, and its receipt.
+    """
+    body = completion_body(model, prompt_ids, max_tokens)
     sent_at = time.monotonic()
     ttft_s = None
     receipt: dict = {}
