@@ -4,8 +4,8 @@ Per request: the time from its first byte in the gateway to `engine.add` in the 
 time from its first token known in the worker to that token written to the client's socket. Both
 ends read CLOCK_MONOTONIC, which is one clock for all processes of a machine; the response's receipt
 reports the two. Eight clients run in a closed loop, each streaming 16 tokens from a prompt of 32,
-model warm, prefix reuse off. Clients, server and worker share the machine's cores, so the clients are
-as light as can be: one process, one thread, prepared bytes over keep-alive connections.
+model warm, prefix reuse off. Clients, server and worker share the machine's cores, so the clients
+are as light as can be: one process, one thread, prepared bytes over keep-alive connections.
 """
 
 from __future__ import annotations
