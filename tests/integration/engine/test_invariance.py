@@ -57,3 +57,14 @@ def test_bf16_goes_on_the_same_on_another_engine(family: str) -> None:
         emitted = tuple(token for token, _ in whole[str(index)][: cuts[str(index)]])
         second.add(job(str(index), prompt, NUM_TOKENS, emitted_ids=emitted))
     assert results(second) == {name: whole[name][cut:] for name, cut in cuts.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_plain_bf16_goes_on_as_a_fresh_run_on_prompt_and_emitted_tokens(family: str) -> None:
+    prompt = prompt_of(19, seed=3)
+    emitted = tuple(prompt_of(6, seed=4))  # whatever another replica may have said
+    resumed = make_engine(family, 2048, torch.bfloat16)
+    resumed.add(job("x", prompt, len(emitted) + NUM_TOKENS, emitted_ids=emitted))
+    fresh = make_engine(family, 2048, torch.bfloat16)
+    fresh.add(job("x", (*prompt, *emitted), NUM_TOKENS))
+    assert results(resumed) == results(fresh)
