@@ -23,6 +23,7 @@ from server import completion_body, deploy
 
 SEED = 20261123
 NUM_STREAMS = 8
+SETTINGS = {"NODE__DRAM_BYTES": "1GiB"}  # soon faulted in, which would take a core for seconds
 
 
 async def added_by_client(
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the report there")
     args = parser.parse_args()
     num_requests = 10 if args.quick else 50
-    with common.demo_model() as model_dir, bench_server.running_server() as server:
+    with common.demo_model() as model_dir, bench_server.running_server(**SETTINGS) as server:
         deploy(server, "warm", model_dir, keep_alive_s=3600)
         added = asyncio.run(added_by_clients(server.http.base_url, num_requests))
     columns = {

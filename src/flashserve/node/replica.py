@@ -158,6 +158,8 @@ async def _empty(worker: Worker) -> None:
     if worker.is_alive:
         try:
             await worker.channel.call("unload", None, NoneType, timeout_s=_UNLOAD_TIMEOUT_S)
+        except ReplicaError:
+            worker.process.kill()  # the connection has ended, and so does a worker then
         except FlashServeError as error:
             _log.warning("worker_not_emptied", worker=worker.name, error=error.message)
             worker.process.kill()

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 _PR_SET_PDEATHSIG = 1
 _EXIT_PARENT_GONE = 0
 _EXIT_ENGINE = 70
+_NICENESS = 5
+"""Computing gives way to the server's passing of requests and tokens, which is short."""
 _SWITCH_INTERVAL_S = 0.0005
 """The link's receiving thread gets its turn so soon, also while a step runs."""
 
@@ -47,6 +49,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     die_with_parent(arguments.parent_pid)
+    os.nice(_NICENESS)  # before there are threads, which inherit it
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     link_socket = socket.socket(fileno=arguments.socket_fd)
     # Imported only now: the tensor library takes seconds, in which the parent may die.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import pathlib
 import subprocess
 import sys
@@ -197,6 +198,14 @@ def test_the_worker_maps_the_arena_once_and_cannot_write_it(live: Live, tiny: Ti
         await stopped(bench, "d#1", tiny)
 
     live.run(check())
+
+
+def test_computing_gives_way_to_the_server(live: Live) -> None:
+    (worker,) = live.bench.agent._pool.workers
+    threads = [int(path.name) for path in pathlib.Path(f"/proc/{worker.process.pid}/task").iterdir()]
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    assert threads
+    assert all(os.getpriority(os.PRIO_PROCESS, thread) > ours for thread in threads)
 
 
 def test_the_agents_process_needs_no_tensor_library() -> None:
