@@ -41,6 +41,8 @@ def parse_bytes(value: object) -> object:
 
 
 Bytes = Annotated[int, pydantic.BeforeValidator(parse_bytes), Field(gt=0)]
+Rate = Annotated[int, pydantic.BeforeValidator(parse_bytes), Field(ge=0)]
+"""Bytes per second; 0 is no limit."""
 
 
 def default_data_dir() -> pathlib.Path:
@@ -109,6 +111,33 @@ class NodeSettings(_Section):
     """Take the arena's memory from the kernel at start, in the background, not on first use."""
 
 
+class StoreSettings(_Section):
+    """How checkpoints move between the tiers."""
+
+    disk_bytes: Bytes = 100 << 30
+    """Budget of the disk tier, which keeps what was fetched from remote sources."""
+    disk_threads: PositiveInt = 8
+    """Threads that read a checkpoint from disk."""
+    disk_bytes_per_s: Rate = 0
+    """Cap on reading from disk; 0 is none."""
+    remote_connections: PositiveInt = 4
+    """Parallel range reads of one fetch."""
+    remote_bytes_per_s: Rate = 0
+    """Cap on fetching from remote sources, all together; 0 is none."""
+    remote_timeout_s: PositiveFloat = 20.0
+    """A remote read that brings no byte for so long is given up and tried again."""
+    remote_retries: int = Field(5, ge=0)
+    verify_fetches: Literal["auto", "always", "behind"] = "auto"
+    """When the digest that a remote origin promises is compared: before the model serves (always),
+    after it started (behind), or auto: behind where TLS protects the transfer, else before."""
+    execute_while_loading: bool = True
+    """Start to compute with a model's first layers while the later ones are still on their way."""
+    scrub_bytes_per_s: Rate = 32 << 20
+    """Rate at which checkpoints in DRAM are compared with their checksums; 0 turns it off."""
+    huge_pages: bool = True
+    """Ask the kernel for huge pages for the arena where it has them for shared memory."""
+
+
 class EngineSettings(_Section):
     """The batching engine of each worker."""
 
@@ -156,6 +185,7 @@ class Settings(pydantic_settings.BaseSettings):
     auth: AuthSettings = AuthSettings()
     deploy: DeploySettings = DeploySettings()
     node: NodeSettings = NodeSettings()
+    store: StoreSettings = StoreSettings()
     engine: EngineSettings = EngineSettings()
     policy: PolicySettings = PolicySettings()
 

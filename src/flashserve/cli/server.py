@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 import sys
@@ -88,6 +89,8 @@ async def _serve(settings: Settings, public: socket.socket, private: socket.sock
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.on_signal, number)
+        gc.collect()
+        gc.freeze()  # a full collection of what the libraries made would halt every stream
         await server.serve([public, private])
         return stop.exit_code
 
