@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import io
 import itertools
 import json
 import math
-import os
 import struct
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -19,7 +19,15 @@ from typing import Annotated, Any, BinaryIO
 import msgspec
 
 from flashserve.errors import CheckpointError
-from flashserve.store.files import one_line, open_file, read_json, shown
+from flashserve.store.files import (
+    MAX_FILES,
+    CheckpointFiles,
+    DirectoryFiles,
+    is_plain,
+    one_line,
+    read_json,
+    shown,
+)
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -29,7 +37,7 @@ FILE_ALIGNMENT = 4096
 """Files lie so aligned in memory, one after another: O_DIRECT can read each into its place."""
 
 _LENGTH = struct.Struct("<Q")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 DTYPE_BITS: dict[str, int] = {
     **dict.fromkeys(("F4",), 4),
@@ -95,69 +103,95 @@ class _Header(msgspec.Struct, forbid_unknown_fields=True):
     data_offsets: tuple[_Size, _Size]
 
 
-def read_layout(directory: Path) -> Layout:
-    """The layout of the checkpoint in `directory`, from model.safetensors or the sharded index.
+def read_layout(files: CheckpointFiles | Path) -> Layout:
+    """The layout of a checkpoint, from model.safetensors or the shards of the index.
+
+    Args:
+        files: of the checkpoint, or the directory where they are.
 
     Raises:
         CheckpointError: there is none, or a file is damaged or contradicts another; one line that
             names the file and the reason.
+        SourceError: a file cannot be had.
     """
-    if (directory / SINGLE_NAME).exists():
-        return _join(directory, [SINGLE_NAME], {})
-    if (directory / INDEX_NAME).exists():
-        placed = _read_index(directory)
-        return _join(directory, sorted(set(placed.values())), placed)
-    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+    if isinstance(files, Path):
+        files = DirectoryFiles(files)
+    names, placed = _weights(files)
+    return _join(files, names, placed)
+
+
+def weight_names(files: CheckpointFiles) -> tuple[str, ...]:
+    """The names of the weight files, sorted: the single one, or those that the index names.
+
+    Raises:
+        CheckpointError, SourceError: as for `read_layout`.
+    """
+    return _weights(files)[0]
+
+
+def _weights(files: CheckpointFiles) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Names of the weight files, and which of them the index has each tensor in."""
+    names = files.names()
+    if SINGLE_NAME in names:
+        return (SINGLE_NAME,), {}
+    if INDEX_NAME in names:
+        placed = _read_index(files)
+        return tuple(sorted(set(placed.values()))), placed
+    pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
         raise CheckpointError(
-            f"{directory} holds only pickled weights ({shown(pickles[0])}), which can run code and "
-            "are never loaded: convert them to safetensors"
+            f"{files.place} holds only pickled weights ({shown(pickles[0])}), which can run code "
+            "and are never loaded: convert them to safetensors"
         )
-    raise CheckpointError(f"{directory} holds neither {SINGLE_NAME} nor {INDEX_NAME}")
+    raise CheckpointError(f"{files.place} holds neither {SINGLE_NAME} nor {INDEX_NAME}")
 
 
-def _read_index(directory: Path) -> dict[str, str]:
+def _read_index(files: CheckpointFiles) -> dict[str, str]:
     """Tensor name to file name."""
-    path = directory / INDEX_NAME
-    index = read_json(directory, INDEX_NAME, MAX_INDEX_BYTES) or {}
+    path = f"{files.place}/{INDEX_NAME}"
+    index = read_json(files, INDEX_NAME, MAX_INDEX_BYTES) or {}
     try:
         placed = msgspec.convert(index.get("weight_map"), dict[str, str])
     except msgspec.ValidationError as error:
         raise CheckpointError(f"{path} has no valid weight_map: {one_line(error)}") from None
     if not placed:
         raise CheckpointError(f"{path} lists no tensor")
-    for name in sorted(set(placed.values())):
-        if not name.endswith(".safetensors") or Path(name).name != name:
+    names = set(placed.values())
+    for name in sorted(names):
+        if not (name.endswith(".safetensors") and is_plain(name)):
             raise CheckpointError(f"{path} names {shown(name)}, which is no shard of the directory")
+    if len(names) > MAX_FILES:
+        raise CheckpointError(f"{path} names {len(names)} shards; at most {MAX_FILES} are read")
     return placed
 
 
-def _join(directory: Path, names: list[str], placed: dict[str, str]) -> Layout:
-    files: list[FileEntry] = []
+def _join(files: CheckpointFiles, names: tuple[str, ...], placed: dict[str, str]) -> Layout:
+    entries: list[FileEntry] = []
     tensors: dict[str, TensorEntry] = {}
     for index, name in enumerate(names):
-        num_bytes, entries = _read_file(directory, name, index)
-        files.append(FileEntry(name, num_bytes))
-        for entry in entries:
-            if entry.name in tensors or placed.get(entry.name, name) != name:
+        num_bytes, found = _read_file(files, name, index)
+        entries.append(FileEntry(name, num_bytes))
+        for tensor in found:
+            if tensor.name in tensors or placed.get(tensor.name, name) != name:
                 raise CheckpointError(
-                    f"{directory / name} holds tensor {shown(entry.name)}, which belongs to "
+                    f"{files.place}/{name} holds tensor {shown(tensor.name)}, which belongs to "
                     "another shard"
                 )
-            tensors[entry.name] = entry
-    for tensor, name in placed.items():
-        if tensor not in tensors:
+            tensors[tensor.name] = tensor
+    for wanted, name in placed.items():
+        if wanted not in tensors:
             raise CheckpointError(
-                f"{directory / name} lacks tensor {shown(tensor)}, which {INDEX_NAME} places there"
+                f"{files.place}/{name} lacks tensor {shown(wanted)}, which {INDEX_NAME} places "
+                "there"
             )
-    return Layout(tuple(files), tuple(tensors.values()))
+    return Layout(tuple(entries), tuple(tensors.values()))
 
 
-def _read_file(directory: Path, name: str, index: int) -> tuple[int, list[TensorEntry]]:
-    path = directory / name
+def _read_file(files: CheckpointFiles, name: str, index: int) -> tuple[int, list[TensorEntry]]:
+    path = f"{files.place}/{name}"
     try:
-        with open_file(directory, name) as file:
-            num_bytes = os.fstat(file.fileno()).st_size
+        file, num_bytes = files.open(name)
+        with file:
             header = _read_header(file, num_bytes)
         return num_bytes, _entries(header, index, num_bytes)
     except FileNotFoundError:
@@ -172,7 +206,7 @@ class _DamageError(Exception):
     """What is wrong with the file at hand; the caller knows its name."""
 
 
-def _read_header(file: BinaryIO, num_bytes: int) -> bytes:
+def _read_header(file: BinaryIO | io.BufferedReader, num_bytes: int) -> bytes:
     prefix = file.read(_LENGTH.size)
     if len(prefix) < _LENGTH.size:
         raise _DamageError(f"is truncated: {num_bytes} bytes are not even a header length")

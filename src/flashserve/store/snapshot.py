@@ -1,4 +1,4 @@
-"""What a directory says about a model, read and checked without loading a byte of its weights."""
+"""What a checkpoint says about a model, read and checked without loading a byte of its weights."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 
 from flashserve.errors import CheckpointError, UnsupportedModelError
 from flashserve.store.dram import extent_bytes
-from flashserve.store.files import one_line, open_file, read_json
+from flashserve.store.files import CheckpointFiles, one_line, read_json
 from flashserve.store.layout import Layout, read_layout
-from flashserve.store.source import Source
 
 _MAX_TEMPLATE_BYTES = 1 << 20
 
@@ -19,6 +18,7 @@ _MAX_TEMPLATE_BYTES = 1 << 20
 class Snapshot:
     """Everything that a replica needs besides the bytes of the weights.
 
+    directory is on this machine and has config and tokenizer files, and perhaps the weights.
     chat_template is Jinja source, None where the checkpoint has none. has_tokenizer says whether
     there is a tokenizer.json.
     """
@@ -43,52 +43,52 @@ class Snapshot:
         return extent_bytes(self.layout.image_bytes)
 
 
-def read_snapshot(source: Source) -> Snapshot:
+def read_snapshot(files: CheckpointFiles, uri: str, identity: str) -> Snapshot:
     """Reads and checks config, layout and what belongs to the tokenizer.
 
+    Args:
+        files: of the checkpoint.
+        uri: as it was deployed.
+        identity: of the listing to which the files belong.
+
     Raises:
-        SourceError: the source is missing or cannot be read.
+        SourceError: a file cannot be had.
         CheckpointError: a file is damaged or missing; one line that names it.
         UnsupportedModelError: the model needs Python code of its own.
     """
-    directory = source.directory()
-    identity = source.identity()
-    config = read_json(directory, "config.json")
+    config = read_json(files, "config.json")
     if config is None:
-        raise CheckpointError(f"{directory / 'config.json'} is missing")
+        raise CheckpointError(f"{files.place}/config.json is missing")
     if "auto_map" in config:
         raise UnsupportedModelError(
-            f"{directory / 'config.json'} asks for Python code of the checkpoint (auto_map), which "
+            f"{files.place}/config.json asks for Python code of the checkpoint (auto_map), which "
             "is never run"
         )
     return Snapshot(
-        uri=source.uri,
+        uri=uri,
         identity=identity,
-        directory=directory,
+        directory=files.directory,
         config=config,
-        generation_config=read_json(directory, "generation_config.json") or {},
-        layout=read_layout(directory),
-        has_tokenizer=(directory / "tokenizer.json").is_file(),
-        chat_template=_read_chat_template(directory),
+        generation_config=read_json(files, "generation_config.json") or {},
+        layout=read_layout(files),
+        has_tokenizer="tokenizer.json" in files.names(),
+        chat_template=_read_chat_template(files),
     )
 
 
-def _read_chat_template(directory: Path) -> str | None:
+def _read_chat_template(files: CheckpointFiles) -> str | None:
     """From chat_template.jinja, else from tokenizer_config.json (a string, or several by name)."""
+    path = f"{files.place}/chat_template.jinja"
     try:
-        with open_file(directory, "chat_template.jinja") as file:
-            data = file.read(_MAX_TEMPLATE_BYTES + 1)
-        if len(data) > _MAX_TEMPLATE_BYTES:
-            raise CheckpointError(
-                f"{directory / 'chat_template.jinja'} is larger than {_MAX_TEMPLATE_BYTES} bytes"
-            )
-        return data.decode("utf-8")
+        file, num_bytes = files.open("chat_template.jinja")
+        with file:
+            if num_bytes > _MAX_TEMPLATE_BYTES:
+                raise CheckpointError(f"{path} is larger than {_MAX_TEMPLATE_BYTES} bytes")
+            return file.read(_MAX_TEMPLATE_BYTES).decode("utf-8")
     except FileNotFoundError:
-        template = (read_json(directory, "tokenizer_config.json") or {}).get("chat_template")
+        template = (read_json(files, "tokenizer_config.json") or {}).get("chat_template")
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{directory / 'chat_template.jinja'} cannot be read: {one_line(error)}"
-        ) from None
+        raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from None
     if isinstance(template, list):
         objects = [each for each in template if isinstance(each, dict)]
         defaults = [each.get("template") for each in objects if each.get("name") == "default"]

@@ -21,9 +21,11 @@ from flashserve.errors import (
 from flashserve.store import disk
 from flashserve.store.disk import Progress
 from flashserve.store.dram import Arena, ArenaUsage
+from flashserve.store.files import DirectoryFiles
 from flashserve.store.images import Flight, Image
+from flashserve.store.local import LocalSource
 from flashserve.store.snapshot import Snapshot, read_snapshot
-from flashserve.store.source import Source, open_source
+from flashserve.store.source import open_source
 from flashserve.types import ModelId, ModelSpec, TensorSlice, Tier
 
 
@@ -100,7 +102,7 @@ class Store:
         Raises:
             DeployError: it cannot be served; one line that says which file and why.
         """
-        snapshot = read_snapshot(open_source(uri, self._data_dir))
+        snapshot = _read_snapshot(open_source(uri, self._data_dir))
         if snapshot.arena_bytes > self.arena.num_bytes:
             raise ModelTooLargeError(
                 f"{snapshot.directory} holds {snapshot.size_bytes} bytes of weights and needs "
@@ -256,7 +258,7 @@ class Store:
             image = self._models.get(model_id)
             return image.extent.num_bytes if image else 0
 
-    def _read(self, source: Source, identity: str, flight: Flight) -> int:
+    def _read(self, source: LocalSource, identity: str, flight: Flight) -> int:
         """Reads a source into a new extent and publishes it; how many bytes that moved."""
         try:
             image = self._fill(source, identity, flight)
@@ -270,8 +272,8 @@ class Store:
                 del self._flights[identity]
             flight.landed.set()
 
-    def _fill(self, source: Source, identity: str, flight: Flight) -> Image:
-        snapshot = read_snapshot(source)
+    def _fill(self, source: LocalSource, identity: str, flight: Flight) -> Image:
+        snapshot = _read_snapshot(source)
         extent = self.arena.allocate(snapshot.layout.image_bytes)
         try:
             with self.arena.memory(extent) as memory:
@@ -338,3 +340,8 @@ class Store:
     def _check_open(self) -> None:
         if self._stopping.is_set():
             raise UnavailableError("the store is closed")
+
+
+def _read_snapshot(source: LocalSource) -> Snapshot:
+    files = DirectoryFiles(source.directory())
+    return read_snapshot(files, source.uri, source.identity())

@@ -5,12 +5,14 @@ import pytest
 from flashserve.errors import CheckpointError, UnsupportedModelError
 from flashserve.store import files
 from flashserve.store.dram import EXTENT_ALIGNMENT
+from flashserve.store.files import DirectoryFiles
 from flashserve.store.snapshot import Snapshot, read_snapshot
 from flashserve.store.source import open_source
 
 
 def snapshot_of(directory) -> Snapshot:
-    return read_snapshot(open_source(str(directory), directory))
+    identity = open_source(str(directory), directory).listing().identity
+    return read_snapshot(DirectoryFiles(directory), str(directory), identity)
 
 
 def test_a_plain_checkpoint_is_read(tmp_path, write_checkpoint):

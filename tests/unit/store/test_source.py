@@ -1,11 +1,10 @@
 import os
 import sys
-from pathlib import Path
 
 import pytest
 
 from flashserve.errors import ForbiddenError, SourceError
-from flashserve.store.source import DemoSource, check_allowed, open_source
+from flashserve.store.source import check_allowed, open_source
 from flashserve.types import Tier
 
 
@@ -137,4 +136,4 @@ def test_a_failed_conversion_is_one_line(tmp_path, monkeypatch):
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
     with pytest.raises(SourceError, match="demo:smollm2 cannot be made: no such package"):
-        DemoSource("demo:smollm2", Path(tmp_path)).directory()
+        open_source("demo:smollm2", tmp_path).directory()
