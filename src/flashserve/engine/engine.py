@@ -17,6 +17,7 @@ from torch import nn
 from flashserve.config import EngineSettings
 from flashserve.engine.batching import Batcher
 from flashserve.engine.blocks import BlockPool
+from flashserve.engine.gates import Gates
 from flashserve.engine.runner import KVShape, Runner, allocate_pool
 from flashserve.engine.sampling import Draw, Drawn, sample
 from flashserve.engine.sequence import Sequence
@@ -35,6 +36,7 @@ class Engine:
         kv_pool: flat uint8 memory for the keys and values; allocated here if not given. It may
             have served another model before.
         eos_token_ids: tokens that end a sequence; see `loading.eos_token_ids`.
+        gates: where a step waits for weights that are still to come; None: all are there.
 
     Raises:
         UnavailableError: the pool does not hold a single block.
@@ -46,6 +48,7 @@ class Engine:
         settings: EngineSettings,
         kv_pool: torch.Tensor | None = None,
         eos_token_ids: Ids[int] = (),
+        gates: Gates | None = None,
     ) -> None:
         config: Any = model.config
         self._context_tokens: int = config.max_position_embeddings
@@ -74,7 +77,12 @@ class Engine:
             shape.view(kv_pool, num_blocks * settings.block_tokens),
             settings.block_tokens,
             batch_invariant=settings.batch_invariant,
+            gates=gates,
         )
+        self._gates = gates
+        self.reused: dict[str, int] = {}
+        """Prompt tokens that were found in the cache, of each sequence that got its first token
+        in the last step."""
         self.counts: collections.Counter[str] = collections.Counter()
         """Since the start: steps, tokens computed, chunks that did not end their prompt, and, of
         finished sequences, reused_tokens and preemptions."""
@@ -90,6 +98,11 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         return self._batcher.num_waiting
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that steps have waited for weights so far, a wait under way included."""
+        return self._gates.waited_s if self._gates is not None else 0.0
 
     def kv_usage(self) -> KVUsage:
         return self._pool.usage()
@@ -119,6 +132,7 @@ class Engine:
 
     def step(self) -> list[tuple[str, TokenOutput]]:
         """Computes one step and returns the tokens that it emitted, with their sequence ids."""
+        self.reused = {}
         segments = self._batcher.schedule()
         if not segments:
             return []
@@ -139,6 +153,8 @@ class Engine:
 
     def _emit(self, sequence: Sequence, drawn: Drawn, now: float) -> tuple[str, TokenOutput]:
         index = sequence.num_emitted
+        if index == sequence.num_given:
+            self.reused[sequence.sequence_id] = sequence.num_reused
         sequence.tokens.append(drawn.token_id)
         reason = self._finish_reason(sequence, drawn)
         if reason is not None:

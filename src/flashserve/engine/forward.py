@@ -4,11 +4,16 @@ With small batches on a CPU a third of a step goes into calling modules and smal
 into the weights. `FusedForward` therefore runs the decoders of the Llama kind (norm, rotary
 attention, norm, gated MLP) with the same weights and the same mathematics in fewer calls. All
 else, such as Gemma's extra norms and soft-capping, goes through `ModuleForward`.
+
+Both can begin before all weights are there: given `Gates`, they wait at each part for its own, and
+drop the gates for good once all are open.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +21,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from flashserve.engine.attention import AttentionStep, attend, write
+from flashserve.engine.gates import EMBEDDING, Gates, layer_group
 
 
 class Forward(Protocol):
@@ -30,8 +36,10 @@ class Forward(Protocol):
 class ModuleForward:
     """The model as transformers wrote it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, gates: Gates | None = None) -> None:
         self._model = model
+        self._gates = gates
+        self._hooks = _hang(model, gates) if gates is not None else []
 
     def __call__(
         self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, step: AttentionStep
@@ -43,8 +51,25 @@ class ModuleForward:
             logits_to_keep=rows,
             flashserve_step=step,
         )
+        if self._gates is not None and self._gates.is_open:
+            for hook in self._hooks:
+                hook.remove()
+            self._gates = None
         logits: torch.Tensor = output.logits[0]
         return logits
+
+
+def _hang(model: Any, gates: Gates) -> list[torch.utils.hooks.RemovableHandle]:
+    """Hooks that wait before each part of the model that has weights."""
+    last = gates.num_groups - 1
+    parts = [(model.get_input_embeddings(), EMBEDDING), (model.model.norm, last)]
+    parts += [(layer, layer_group(index)) for index, layer in enumerate(model.model.layers)]
+    parts.append((model.get_output_embeddings(), last))
+
+    def waiting_for(group: int) -> Callable[[nn.Module, Any], None]:
+        return lambda _module, _args: gates.wait(group)
+
+    return [part.register_forward_pre_hook(waiting_for(group)) for part, group in parts]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,6 +89,26 @@ class _Layer:
     window: int | None
 
 
+class _ArrivingLayers:
+    """The layers in order, each as soon as its weights are there.
+
+    A layer is made only then, since some of what it holds is computed from weights.
+    """
+
+    def __init__(self, makers: list[Callable[[], _Layer]], gates: Gates | None) -> None:
+        self._makers = makers
+        self._gates = gates
+        self._made: list[_Layer] = []
+
+    def __iter__(self) -> Iterator[_Layer]:
+        for index, make in enumerate(self._makers):
+            if self._gates is not None:
+                self._gates.wait(layer_group(index))
+            if index == len(self._made):
+                self._made.append(make())
+            yield self._made[index]
+
+
 class FusedForward:
     """Decoders of the Llama kind: Llama, Mistral, Qwen2 and Qwen3.
 
@@ -75,8 +120,9 @@ class FusedForward:
         {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
     )
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, gates: Gates | None = None) -> None:
         config = model.config
+        self._gates = gates
         self._embedding = model.model.embed_tokens.weight
         self._rotary = model.model.rotary_emb
         self._norm = model.model.norm.weight
@@ -87,9 +133,14 @@ class FusedForward:
         self._heads: int = config.num_attention_heads
         self._kv_heads: int = config.num_key_value_heads
         self._eps = torch.tensor(config.rms_norm_eps)
-        self._layers = [
-            self._layer(index, layer, config) for index, layer in enumerate(model.model.layers)
-        ]
+        layers = _ArrivingLayers(
+            [
+                functools.partial(self._layer, index, layer, config)
+                for index, layer in enumerate(model.model.layers)
+            ],
+            gates,
+        )
+        self._layers: Iterable[_Layer] = layers if gates is not None else list(layers)
 
     @classmethod
     def suits(cls, model: Any) -> bool:
@@ -131,6 +182,8 @@ class FusedForward:
     def __call__(
         self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, step: AttentionStep
     ) -> torch.Tensor:
+        if self._gates is not None:
+            self._gates.wait(EMBEDDING)
         hidden = F.embedding(ids, self._embedding)
         cos, sin = self._rotary(hidden, positions[None])
         cos, sin = cos[0, :, None], sin[0, :, None].clone()
@@ -138,6 +191,9 @@ class FusedForward:
         for layer in self._layers:
             self._attention(hidden, layer, cos, sin, step)
             self._mlp(hidden, layer)
+        if self._gates is not None and len(rows):
+            self._gates.wait(self._gates.num_groups - 1)
+            self._layers, self._gates = list(self._layers), None
         hidden = self._normalise(hidden.index_select(0, rows), self._norm)
         return torch.mm(hidden, self._head)
 
@@ -184,6 +240,6 @@ def _project(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return torch.mm(hidden, weight) if bias is None else torch.addmm(bias, hidden, weight)
 
 
-def choose_forward(model: nn.Module) -> Forward:
+def choose_forward(model: nn.Module, gates: Gates | None = None) -> Forward:
     """The leaner path where it knows every part of the model."""
-    return FusedForward(model) if FusedForward.suits(model) else ModuleForward(model)
+    return (FusedForward if FusedForward.suits(model) else ModuleForward)(model, gates)

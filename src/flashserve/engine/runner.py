@@ -11,6 +11,7 @@ from torch import nn
 from flashserve.engine.attention import AttentionStep, Slots, Span
 from flashserve.engine.experts import Experts
 from flashserve.engine.forward import choose_forward
+from flashserve.engine.gates import Gates
 from flashserve.engine.sequence import Segment, Sequence
 from flashserve.errors import UnavailableError
 
@@ -56,6 +57,7 @@ class Runner:
         pool: keys and values, [layers, slots, 2, kv_heads, head_dim].
         block_tokens: slots of one block.
         batch_invariant: compute at least _INVARIANT_ROWS rows at a time.
+        gates: where a forward waits for weights that are still to come; None: all are there.
     """
 
     def __init__(
@@ -65,8 +67,9 @@ class Runner:
         block_tokens: int,
         *,
         batch_invariant: bool = False,
+        gates: Gates | None = None,
     ) -> None:
-        self._forward = choose_forward(model)
+        self._forward = choose_forward(model, gates)
         self._pool = pool
         self._block_tokens = block_tokens
         self._min_rows = _INVARIANT_ROWS if batch_invariant else 1

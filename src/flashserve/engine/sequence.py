@@ -24,6 +24,8 @@ class Sequence:
     seed: int
     salt: str
     reuse_prefix: bool
+    num_given: int = 0
+    """Tokens of the completion that a lost replica had emitted."""
     blocks: list[int] = dataclasses.field(default_factory=list)
     digests: list[bytes] = dataclasses.field(default_factory=list)
     """Digests of the leading full blocks, as far as they have been needed."""
@@ -43,6 +45,7 @@ class Sequence:
             seed=seed,
             salt=job.salt,
             reuse_prefix=job.reuse_prefix,
+            num_given=len(job.emitted_ids),
         )
 
     @property

@@ -7,6 +7,8 @@
 | describe   | call           | DescribeModel| ModelDescription  |
 | generate   | stream         | GenerateJob  | TokenBatch items  |
 | prepare    | notice         | Prepare      | -                 |
+| opened     | notice         | Opened       | -                 |
+| failed     | notice         | ArrivalFailed| -                 |
 | stats      | call           | -            | WorkerStats       |
 A worker's first frame is the notice `ready` with a WorkerReady.
 """
@@ -28,13 +30,40 @@ class WorkerReady:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoadModel:
-    """Make a replica from bytes that already lie in the arena, which the worker has mapped."""
+    """Make a replica from bytes of the arena, which the worker has mapped.
+
+    The tensors come in groups, see store/order.py. Those of groups [num_open, num_groups) are
+    still on their way: `opened` tells when they are there, `failed` that they will never be.
+    """
 
     model_id: ModelId
     config: dict[str, Any]
     """The checkpoint's config.json."""
     generation_config: dict[str, Any]
     tensors: tuple[TensorSlice, ...]
+    num_groups: int = 0
+    num_open: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        return self.num_open >= self.num_groups
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Opened:
+    """The bytes of groups [0, num_open) of the model that the worker loaded are there."""
+
+    model_id: ModelId
+    num_open: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ArrivalFailed:
+    """What has not arrived of the model that the worker loaded will not; see errors.py."""
+
+    model_id: ModelId
+    code: str
+    message: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -98,24 +127,27 @@ class GenerateJob:
 class TokenBatch:
     """Tokens of one sequence that were emitted since the last item, oldest first.
 
-    added_at: time.monotonic() when the engine accepted the sequence; first item only.
+    The other fields are those of the first item. added_at: time.monotonic() when the engine
+    accepted the sequence; waited_s: how long it then waited for weights that were on their way;
+    num_reused: tokens of the prompt whose keys and values were in the cache.
     """
 
     tokens: tuple[TokenOutput, ...]
     added_at: float | None = None
+    waited_s: float = 0.0
+    num_reused: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prepare:
     """A hint to a spare worker: this model in these bytes of the arena may be loaded soon.
 
-    The worker touches the page tables of [offset, offset + num_bytes) through its own mapping,
-    imports the architecture's modelling code and builds the empty module, so that a cold start
-    pays for none of them. num_bytes may be 0: the model was described, not staged.
+    The worker touches the page tables of the extents, (offset, num_bytes) each, through its own
+    mapping, imports the architecture's modelling code and builds the empty module, so that a cold
+    start pays for none of them. Without extents the model was described, not staged.
     """
 
-    offset: int
-    num_bytes: int
+    extents: tuple[tuple[int, int], ...]
     config: dict[str, Any]
     tensors: tuple[TensorSlice, ...]
     """Their types decide the empty module's; offsets are not used."""

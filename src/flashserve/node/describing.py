@@ -20,7 +20,7 @@ async def describe(snapshot: Snapshot, lowest_tier: Tier, pool: WorkerPool) -> M
         for entry in snapshot.layout.tensors
     )
     description = await _ask(DescribeModel(snapshot.config, tensors), pool)
-    hint = Prepare(0, 0, snapshot.config, tensors)
+    hint = Prepare((), snapshot.config, tensors)
     for worker in pool.spare:
         worker.channel.notify("prepare", hint)
     return ModelFacts(

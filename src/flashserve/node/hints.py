@@ -40,4 +40,4 @@ def _send(worker: Worker, model_id: ModelId, hint: Prepare) -> None:
 
 
 def _key(model_id: ModelId, hint: Prepare) -> Hashable:
-    return model_id, hint.offset, hint.num_bytes
+    return model_id, hint.extents

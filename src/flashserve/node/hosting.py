@@ -123,7 +123,8 @@ class ModelHost:
         return describe(order.config, order.tensors)
 
     def prepare(self, hint: Prepare) -> None:
-        self._ahead.append(self._touch_pieces(hint.offset, hint.num_bytes))
+        for extent in hint.extents:
+            self._ahead.append(self._touch_pieces(*extent))
         self._ahead.append(self._skeleton_pieces(hint))
 
     def work_ahead(self) -> bool:

@@ -143,4 +143,4 @@ class StoreQueue:
 
 
 def _hint(lease: Lease) -> Prepare:
-    return Prepare(lease.offset, lease.num_bytes, lease.snapshot.config, lease.tensors)
+    return Prepare(((lease.offset, lease.num_bytes),), lease.snapshot.config, lease.tensors)

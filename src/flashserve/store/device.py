@@ -8,8 +8,9 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -37,6 +38,19 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 _IGNORED = (r"rotary_emb\.inv_freq",)
 
 
+class Pending:
+    """What a bound model still lacks: copies, made once the bytes of their group are there."""
+
+    def __init__(self, copies: Iterable[tuple[int, Callable[[], None]]]) -> None:
+        self._copies = sorted(copies, key=operator.itemgetter(0), reverse=True)
+
+    def fill(self, num_open: int) -> None:
+        """Makes the copies whose bytes are in the groups [0, num_open), each once."""
+        while self._copies and self._copies[-1][0] < num_open:
+            _, copy = self._copies.pop()
+            copy()
+
+
 def bind(
     model: nn.Module,
     tensors: tuple[TensorSlice, ...],
@@ -60,17 +74,59 @@ def bind(
         CheckpointError: a tensor is missing, unexpected, of another shape, or out of the arena.
         UnsupportedModelError: a type, or a buffer that no checkpoint holds, is not known.
     """
+    state, copies = _place_all(model, tensors, arena, dtype)
+    for _, copy in copies:
+        copy()
+    _assign(model, state, keep_apart=_complete_tied(model, state, compare=True))
+
+
+def bind_arriving(
+    model: nn.Module,
+    tensors: tuple[TensorSlice, ...],
+    arena: memoryview | mmap.mmap,
+    dtype: torch.dtype | None,
+    group_of: Mapping[str, int],
+) -> Pending:
+    """As `bind`, while the bytes are still on their way: reads none of them.
+
+    Only tied weights that the checkpoint holds twice may differ from it: whether they are equal
+    is not known yet, so each keeps its own.
+
+    Args:
+        group_of: the group of every tensor, by name; see store/order.py.
+    """
+    state, copies = _place_all(model, tensors, arena, dtype)
+    _assign(model, state, keep_apart=_complete_tied(model, state, compare=False))
+    return Pending((max(group_of[piece.name] for piece in pieces), copy) for pieces, copy in copies)
+
+
+_Copies = list[tuple[tuple[TensorSlice, ...], Callable[[], None]]]
+
+
+def _place_all(
+    model: nn.Module,
+    tensors: tuple[TensorSlice, ...],
+    arena: memoryview | mmap.mmap,
+    dtype: torch.dtype | None,
+) -> tuple[dict[str, torch.Tensor], _Copies]:
+    """A tensor for each name that the checkpoint holds, and the copies that fill some of them."""
     matched = match(model, tensors)
     memory = _unwarned(arena)
     state: dict[str, torch.Tensor] = {}
+    copies: _Copies = []
     for name, expected in model.state_dict(keep_vars=True).items():
         if pieces := matched.get(name):
-            state[name] = _gather(pieces, expected.shape, memory, dtype)
+            state[name], copy = _place(pieces, expected.shape, memory, dtype)
+            if copy is not None:
+                copies.append((pieces, copy))
             if not state[name].is_floating_point():
                 expected.requires_grad_(False)  # torch refuses a gradient to integers
-    differing = _complete_tied(model, state)
+    return state, copies
+
+
+def _assign(model: nn.Module, state: dict[str, torch.Tensor], *, keep_apart: bool) -> None:
     model.load_state_dict(state, strict=True, assign=True)
-    if not differing:
+    if not keep_apart:
         model.tie_weights()
     _fill_buffers(model)
 
@@ -165,11 +221,14 @@ def _tied_names(model: nn.Module) -> dict[str, set[str]]:
     return partners
 
 
-def _complete_tied(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
-    """Gives absent tied weights their partner's tensor; true when two partners differ.
+def _complete_tied(model: nn.Module, state: dict[str, torch.Tensor], *, compare: bool) -> bool:
+    """Gives absent tied weights their partner's tensor; true when two partners differ, or may.
 
     A checkpoint that holds different values for weights that its config ties is read as
     transformers reads it: they are not tied.
+
+    Args:
+        compare: look at the bytes of two that are both there; otherwise they may differ.
     """
     differing = False
     for target, source in _tied_pairs(model).items():
@@ -177,7 +236,7 @@ def _complete_tied(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
             state[target] = state[source]
         elif source not in state:
             state[source] = state[target]
-        elif not torch.equal(state[target], state[source]):
+        elif not (compare and torch.equal(state[target], state[source])):
             differing = True
     return differing
 
@@ -200,21 +259,39 @@ def _unwarned(arena: memoryview | mmap.mmap) -> ctypes.Array[ctypes.c_ubyte]:
     return memory
 
 
-def _gather(
+def _place(
     pieces: tuple[TensorSlice, ...],
     shape: torch.Size,
     memory: ctypes.Array[ctypes.c_ubyte],
     dtype: torch.dtype | None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, Callable[[], None] | None]:
+    """A view, or room for a copy and what makes it."""
+    for piece in pieces:
+        _check_place(piece, memory)
     stored = TORCH_DTYPES[pieces[0].dtype]
     wanted = dtype if dtype is not None and stored.is_floating_point else stored
-    if pieces[0].shape == tuple(shape):
-        return _view(pieces[0], memory).to(wanted)
-    fused = torch.empty(shape, dtype=wanted)
-    rows = fused.view(len(pieces), *pieces[0].shape)
-    for row, piece in zip(rows, pieces, strict=True):
-        row.copy_(_view(piece, memory))
-    return fused
+    is_single = pieces[0].shape == tuple(shape)
+    if is_single and wanted == stored and _is_aligned(pieces[0], memory):
+        return _view(pieces[0], memory), None
+    room = torch.empty(shape, dtype=wanted)
+
+    def copy() -> None:
+        for row, piece in zip(room.view(len(pieces), *pieces[0].shape), pieces, strict=True):
+            row.copy_(_view(piece, memory))
+
+    return room, copy
+
+
+def _check_place(tensor: TensorSlice, memory: ctypes.Array[ctypes.c_ubyte]) -> None:
+    begin, end = tensor.offset, tensor.offset + tensor.num_bytes
+    num_bytes = math.prod(tensor.shape) * TORCH_DTYPES[tensor.dtype].itemsize
+    if begin < 0 or end > len(memory) or num_bytes != tensor.num_bytes:
+        raise CheckpointError(f"tensor {tensor.name} does not lie at bytes {begin} to {end}")
+
+
+def _is_aligned(tensor: TensorSlice, memory: ctypes.Array[ctypes.c_ubyte]) -> bool:
+    address = ctypes.addressof(memory) + tensor.offset
+    return not address % int(TORCH_DTYPES[tensor.dtype].itemsize)
 
 
 def _view(tensor: TensorSlice, memory: ctypes.Array[ctypes.c_ubyte]) -> torch.Tensor:
@@ -224,14 +301,11 @@ def _view(tensor: TensorSlice, memory: ctypes.Array[ctypes.c_ubyte]) -> torch.Te
     finding shared weights) sees the whole arena.
     """
     dtype = TORCH_DTYPES[tensor.dtype]
-    count = math.prod(tensor.shape)
-    begin, end = tensor.offset, tensor.offset + tensor.num_bytes
-    if begin < 0 or end > len(memory) or count * dtype.itemsize != tensor.num_bytes:
-        raise CheckpointError(f"tensor {tensor.name} does not lie at bytes {begin} to {end}")
+    count, begin = math.prod(tensor.shape), tensor.offset
     if count == 0:
         return torch.empty(tensor.shape, dtype=dtype)
-    if (ctypes.addressof(memory) + begin) % dtype.itemsize:
-        aligned = bytearray(memoryview(memory).cast("B")[begin:end])
+    if not _is_aligned(tensor, memory):
+        aligned = bytearray(memoryview(memory).cast("B")[begin : begin + tensor.num_bytes])
         return torch.frombuffer(aligned, dtype=dtype).view(tensor.shape)
     return torch.frombuffer(memory, dtype=dtype, count=count, offset=begin).view(tensor.shape)
 

@@ -106,7 +106,7 @@ class FakeHost:
         return ModelDescription("Fake", 4096, sum(len(t.shape) for t in order.tensors), 64)
 
     def prepare(self, hint: Prepare) -> None:
-        print(f"hinted {hint.offset} {hint.num_bytes}", flush=True)
+        print(f"hinted {hint.extents}", flush=True)
 
     def work_ahead(self) -> bool:
         return False

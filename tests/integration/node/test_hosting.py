@@ -96,7 +96,7 @@ def test_a_hint_builds_the_module_that_the_next_load_takes(
 ) -> None:
     with leased(store, tiny) as lease:
         order = load_order(lease)
-        host.prepare(Prepare(lease.offset, lease.num_bytes, order.config, order.tensors))
+        host.prepare(Prepare(((lease.offset, lease.num_bytes),), order.config, order.tensors))
         while host.work_ahead():
             pass
         monkeypatch.setattr(hosting, "build_skeleton", None)  # a call of it would raise
@@ -108,8 +108,8 @@ def test_a_hint_builds_the_module_that_the_next_load_takes(
 def test_a_hint_of_no_use_is_dropped(host: ModelHost, store: Store, tiny: Tiny) -> None:
     with leased(store, tiny) as lease:
         order = load_order(lease)
-        host.prepare(Prepare(0, 1 << 40, {"architectures": ["Unheard"]}, order.tensors))
-        host.prepare(Prepare(0, 0, order.config, ()))
+        host.prepare(Prepare(((0, 1 << 40),), {"architectures": ["Unheard"]}, order.tensors))
+        host.prepare(Prepare((), order.config, ()))
         while host.work_ahead():
             pass
         host.load(order)

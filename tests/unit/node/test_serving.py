@@ -291,7 +291,7 @@ def test_an_engine_that_cannot_be_emptied_ends_the_worker() -> None:
 
 
 def test_hints_are_worked_off_only_while_no_model_is_loaded() -> None:
-    hint = Notice("prepare", wire.pack(Prepare(0, 1, {}, ())))
+    hint = Notice("prepare", wire.pack(Prepare(((0, 1),), {}, ())))
     host = Host()
     link = serve(host, [hint, hint], [], [])
     assert host.hints == []
