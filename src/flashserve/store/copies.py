@@ -1,0 +1,102 @@
+"""A model's bytes in a memory of their own, for processes that do not get the node's arena."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import os
+from pathlib import Path
+
+from flashserve.errors import UnavailableError
+from flashserve.messages.handout import HandoutGrant
+from flashserve.store.dram import Arena
+from flashserve.store.store import Lease, Store
+from flashserve.types import ModelId, ModelSpec, Tier
+
+_MODEL = ModelId("copy")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelCopy:
+    """A sealed memfd with one model, and what lies where in it. Its owner closes `fd`."""
+
+    fd: int
+    grant: HandoutGrant
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def reading_store(data_dir: Path) -> Store:
+    """A store for `read_copy` alone; close it afterwards, or to end a read under way."""
+    # Memory is taken as it is filled, so room that nothing fills costs nothing.
+    return Store(data_dir, _physical_bytes(), prefault=False)
+
+
+def read_copy(store: Store, uri: str) -> ModelCopy:
+    """Reads a checkpoint from its source into the arena of a store that holds nothing else.
+
+    The copy outlives the store.
+
+    Raises:
+        DeployError: the source cannot be read, or is larger than this machine's memory.
+        UnavailableError: there is no room for it, or the store was closed.
+    """
+    store.stage(ModelSpec(_MODEL, uri, 0), Tier.DRAM)
+    with store.lease(_MODEL) as lease:
+        begin, end = _span(lease)
+        grant = _grant(lease, begin, end - begin, begin)
+        return ModelCopy(os.dup(store.arena.fd), grant)
+
+
+def copy_lease(lease: Lease, arena: Arena) -> ModelCopy:
+    """Copies the bytes of a leased model out of the arena.
+
+    Raises:
+        UnavailableError: there is no memory for it.
+    """
+    begin, end = _span(lease)
+    fd = _copy_out(arena, begin, end - begin)
+    return ModelCopy(fd, _grant(lease, 0, end - begin, begin))
+
+
+def _copy_out(arena: Arena, begin: int, num_bytes: int) -> int:
+    fd = os.memfd_create("flashserve-copy", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        done = 0
+        while done < num_bytes:
+            done += os.sendfile(fd, arena.fd, begin + done, num_bytes - done)
+        fcntl.fcntl(
+            fd,
+            fcntl.F_ADD_SEALS,
+            fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL,
+        )
+    except OSError as error:
+        os.close(fd)
+        raise UnavailableError(f"no memory for a copy of {num_bytes} bytes: {error}") from None
+    return fd
+
+
+def _span(lease: Lease) -> tuple[int, int]:
+    return lease.offset, lease.offset + lease.num_bytes
+
+
+def _grant(lease: Lease, offset: int, num_bytes: int, shift: int) -> HandoutGrant:
+    """shift: how far into the arena the copy begins."""
+    snapshot = lease.snapshot
+    return HandoutGrant(
+        uri=snapshot.uri,
+        identity=snapshot.identity,
+        directory=str(snapshot.directory),
+        config=snapshot.config,
+        generation_config=snapshot.generation_config,
+        tensors=tuple(
+            dataclasses.replace(tensor, offset=tensor.offset - shift) for tensor in lease.tensors
+        ),
+        offset=offset,
+        num_bytes=num_bytes,
+    )
+
+
+def _physical_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
