@@ -19,6 +19,7 @@ FlashServeError
 │   ├── DeadlineError            503  the request waited longer than its deadline
 │   ├── DrainingError            503  the server is shutting down
 │   └── ReplicaError             503  the replica failed, and so did every retry
+│       └── SelfCheckError       503  a woken model computes other results than before
 ├── CatalogueError               500  the durable catalogue cannot be read or written
 ├── WireError                    500  a frame or message does not have the agreed form
 └── InternalError                500  a fault of our own
@@ -124,6 +125,10 @@ class DrainingError(UnavailableError):
 
 class ReplicaError(UnavailableError):
     code = "replica_failed"
+
+
+class SelfCheckError(ReplicaError):
+    code = "self_check_failed"
 
 
 class CatalogueError(FlashServeError):
