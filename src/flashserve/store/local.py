@@ -19,12 +19,12 @@ from flashserve.store.files import (
     is_plain,
     is_small,
     one_line,
-    open_file,
     resolve_file,
     shown,
 )
 from flashserve.store.layout import weight_names
-from flashserve.store.listing import CHUNK_BYTES, FileReader, Listing, Source, SourceFile
+from flashserve.store.listing import FileReader, Listing, Source, SourceFile
+from flashserve.store.reading import LocalReader, file_identity
 from flashserve.types import Tier
 
 DEMO_NAME = "smollm2"
@@ -81,7 +81,7 @@ class DirectorySource:
         return list_directory(self.uri, self.directory())
 
     def open(self, file: SourceFile) -> FileReader:
-        return _PlainReader(self.directory(), file)
+        return LocalReader(self.directory(), file, self._settings)
 
 
 class DemoSource(DirectorySource):
@@ -129,11 +129,6 @@ def list_directory(uri: str, directory: Path) -> Listing:
     return Listing(uri, f"{directory}#{xxhash.xxh3_64_hexdigest(facts.encode())}", listed)
 
 
-def file_identity(path: Path, status: os.stat_result) -> str:
-    """Of a resolved path: the same file in two directories that link to it is one."""
-    return f"file:{path}:{status.st_size}:{status.st_mtime_ns}"
-
-
 def _stat(directory: Path, name: str) -> SourceFile | None:
     """None for a small file that is no regular one, or that vanished."""
     try:
@@ -150,33 +145,3 @@ def _stat(directory: Path, name: str) -> SourceFile | None:
             return None
         raise CheckpointError(f"{directory / name} is not a regular file")
     return SourceFile(name, status.st_size, file_identity(path, status))
-
-
-class _PlainReader:
-    """Reads through the page cache."""
-
-    preferred_bytes = CHUNK_BYTES
-    preferred_threads = 2
-
-    def __init__(self, directory: Path, file: SourceFile) -> None:
-        self._path = directory / file.name
-        self._file = open_file(directory, file.name)
-        status = os.fstat(self._file.fileno())
-        if file_identity(resolve_file(directory, file.name), status) != file.identity:
-            self._file.close()
-            raise CheckpointError(f"{self._path} changed while it was read")
-
-    def read(self, begin: int, target: memoryview) -> None:
-        done = 0
-        while done < len(target):
-            with target[done:] as rest:
-                try:
-                    count = os.preadv(self._file.fileno(), [rest], begin + done)
-                except OSError as error:
-                    raise SourceError(f"{self._path} cannot be read: {one_line(error)}") from None
-            if not count:
-                raise CheckpointError(f"{self._path} became shorter while it was read")
-            done += count
-
-    def close(self) -> None:
-        self._file.close()
