@@ -31,6 +31,7 @@ from flashserve.messages.work import (
 )
 from flashserve.node.client import ModelResidence, NodeStats
 from flashserve.node.describing import describe
+from flashserve.node.handing import HandoutSocket
 from flashserve.node.hints import Hints
 from flashserve.node.pool import WorkerPool
 from flashserve.node.process import WORKER_COMMAND, threads_per_worker
@@ -79,8 +80,11 @@ class Agent:
         self._store: Store
         self._queue: StoreQueue
         self._pool: WorkerPool
+        self._handout: HandoutSocket
         self._is_started = False
         self._is_closed = False
+        self.deployed: Callable[[], dict[ModelId, ModelSpec]] = dict
+        """Models that other processes may ask for by name although no order named them yet."""
         self._on_event: Callable[[NodeEvent], None] = _ignore
         self._replicas: dict[ReplicaId, Replica] = {}
         self._models: dict[ModelId, ModelSpec] = {}
@@ -157,6 +161,7 @@ class Agent:
             return
         self._is_closed = True
         self._on_event = _ignore
+        await self._handout.close()
         ending = [self._end(replica) for replica in self._replicas.values()]
         if ending:
             await asyncio.wait(ending, timeout=grace_s)
@@ -191,6 +196,9 @@ class Agent:
             on_lost=self._worker_lost,
         )
         self._pool.start()
+        self._handout = HandoutSocket(
+            self._settings, self._store, lambda: {**self.deployed(), **self._models}
+        )
 
     async def _rejoin(self) -> None:
         self._on_event = _ignore
@@ -208,7 +216,13 @@ class Agent:
             if known.ready is not None and not known.is_ending:
                 self._emit(known.ready)
             return
-        replica = Replica(order, self._pool, self._queue, self._emit, self._hint)
+        model_id = order.model.model_id
+        spoilt = [
+            replica.task
+            for replica in self._replicas.values()
+            if replica.is_spoilt and replica.order.model.model_id == model_id
+        ]
+        replica = Replica(order, self._pool, self._queue, self._emit, self._hint, spoilt)
         self._replicas[order.replica_id] = replica
         replica.task.add_done_callback(lambda _: self._replicas.pop(order.replica_id))
 
@@ -284,9 +298,10 @@ class Agent:
 
     async def _replica_stats(self) -> dict[ReplicaId, WorkerStats]:
         async def ask(replica: Replica) -> WorkerStats | None:
-            with contextlib.suppress(FlashServeError):  # gone or stuck: it has no numbers
+            # One that is gone, stuck, or may wait for its bytes in a step, has no numbers.
+            with contextlib.suppress(FlashServeError):
                 worker = replica.worker
-                if replica.ready is not None and worker is not None:
+                if replica.ready is not None and replica.is_whole and worker is not None:
                     return await worker.channel.call("stats", None, WorkerStats, _STATS_TIMEOUT_S)
             return None
 

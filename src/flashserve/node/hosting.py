@@ -32,9 +32,11 @@ from flashserve.messages.work import (
     LoadModel,
     LoadReport,
     ModelDescription,
+    Opened,
     Prepare,
     WorkerReady,
 )
+from flashserve.node.arriving import Arriving, bind_early
 from flashserve.store.device import bind
 from flashserve.store.dram import attach
 
@@ -81,6 +83,7 @@ class ModelHost:
         self._ahead: collections.deque[Iterator[None]] = collections.deque()
         self._engine: Engine | None = None
         self._loaded: LoadModel | None = None
+        self._arriving: Arriving | None = None
 
     @property
     def engine(self) -> Engine | None:
@@ -88,6 +91,8 @@ class ModelHost:
 
     def load(self, order: LoadModel) -> LoadReport:
         """Binds a model to its bytes in the arena and puts an engine around it.
+
+        Of an order that is not whole, the engine's steps wait for the bytes that are to come.
 
         Raises:
             ConflictError: a model is loaded already.
@@ -100,11 +105,16 @@ class ModelHost:
         dtype = choose_dtype(self._settings.dtype, order.tensors)
         model = self._skeletons.take(order.config, dtype)
         built = time.monotonic()
-        bind(model, order.tensors, self._arena, dtype)
+        arriving = None
+        if order.is_whole:
+            bind(model, order.tensors, self._arena, dtype)
+        else:
+            arriving = bind_early(model, order, self._arena, dtype)
         bound = time.monotonic()
         eos_ids = eos_token_ids(order.config, order.generation_config)
-        self._engine = Engine(model, self._settings, self._kv_pool, eos_ids)
-        self._loaded = order
+        gates = arriving.gates if arriving else None
+        self._engine = Engine(model, self._settings, self._kv_pool, eos_ids, gates)
+        self._loaded, self._arriving = order, arriving
         device_s = bound - built
         return LoadReport(
             device_s=device_s,
@@ -114,10 +124,19 @@ class ModelHost:
 
     def unload(self) -> None:
         """Frees the model; the KV pool stays. No view of the arena is left behind."""
-        loaded, self._engine, self._loaded = self._loaded, None, None
+        loaded, self._engine, self._loaded, self._arriving = self._loaded, None, None, None
         gc.collect()
         if loaded is not None:
             self._ahead.append(self._skeleton_pieces(loaded))
+
+    def opened(self, news: Opened) -> None:
+        arriving = self._arriving
+        if arriving is not None and arriving.model_id == news.model_id:
+            arriving.opened(news.num_open)
+
+    def fail_arrival(self, error: FlashServeError) -> None:
+        if self._arriving is not None:
+            self._arriving.fail(error)
 
     def describe(self, order: DescribeModel) -> ModelDescription:
         return describe(order.config, order.tensors)

@@ -28,11 +28,12 @@ class Link:
         self._poller = select.poll()
         self._poller.register(self._wake_fd, select.POLLIN)
 
-    def listen(self, on_frame: Callable[[Frame], None]) -> None:
+    def listen(self, on_frame: Callable[[Frame], None], on_end: Callable[[], None]) -> None:
         """Starts to receive. `on_frame` sees each frame on the receiving thread, before `poll`
-        returns it, and while the other thread may be busy for long.
+        returns it, and while the other thread may be busy for long; `on_end` is called there when
+        no more will come.
         """
-        threading.Thread(target=self._receive, args=(on_frame,), daemon=True).start()
+        threading.Thread(target=self._receive, args=(on_frame, on_end), daemon=True).start()
 
     def send(self, frame: Frame) -> None:
         """Queues a frame; it leaves with the next `flush` or `poll`."""
@@ -78,7 +79,7 @@ class Link:
             frames.append(received)
         return frames
 
-    def _receive(self, on_frame: Callable[[Frame], None]) -> None:
+    def _receive(self, on_frame: Callable[[Frame], None], on_end: Callable[[], None]) -> None:
         """Ends with the connection, whose end `poll` then raises."""
         decoder = wire.FrameDecoder()
         readable = select.poll()
@@ -94,6 +95,8 @@ class Link:
                     self._put(frame)
         except (OSError, FlashServeError) as error:
             self._put(error)
+        finally:
+            on_end()
 
     def _put(self, received: Frame | Exception) -> None:
         self._received.append(received)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import NoneType
 
 import structlog
@@ -12,6 +13,7 @@ import structlog
 from flashserve.errors import FlashServeError, InternalError, ReplicaError
 from flashserve.messages.commands import StartReplica
 from flashserve.messages.events import (
+    Evicted,
     NodeEvent,
     ReplicaFailed,
     ReplicaLost,
@@ -19,12 +21,20 @@ from flashserve.messages.events import (
     ReplicaStopped,
     Staged,
 )
-from flashserve.messages.work import GenerateJob, LoadReport, Prepare, TokenBatch
+from flashserve.messages.work import (
+    ArrivalFailed,
+    GenerateJob,
+    LoadReport,
+    Opened,
+    Prepare,
+    TokenBatch,
+)
 from flashserve.node.channel import ItemStream
+from flashserve.node.landing import Landing
 from flashserve.node.pool import WorkerPool
 from flashserve.node.staging import HeldModel, Operation, StoreQueue
 from flashserve.node.workers import Worker
-from flashserve.store.store import StageReport
+from flashserve.store.arrival import StageReport
 from flashserve.types import ModelId, ModelSpec, NodeId, Phases, ReplicaId, Tier
 
 _log = structlog.get_logger()
@@ -40,6 +50,7 @@ class Replica:
     Args:
         emit: takes every event.
         on_staged: the model is in DRAM; spare workers may prepare for it.
+        after: replicas whose bytes are worth nothing; their room may be needed for these.
     """
 
     def __init__(
@@ -49,16 +60,21 @@ class Replica:
         store: StoreQueue,
         emit: Callable[[NodeEvent], None],
         on_staged: Callable[[ModelId, Prepare], None],
+        after: Iterable[asyncio.Task[None]] = (),
     ) -> None:
         self.order = order
         self.ready: ReplicaReady | None = None
+        self.is_spoilt = False
+        """Its bytes were damaged, or did not all come."""
         self._pool = pool
         self._emit = emit
         self._on_staged = on_staged
         self._ordered_at = time.monotonic()
         self._claim = pool.claim(order.model.model_id)
-        self._operation: Operation[HeldModel] = store.hold(order.model)
+        self._operation: Operation[HeldModel] = store.hold(order.model, after)
+        self._landing: Landing | None = None
         self._was_told_to_load = False
+        self._is_loaded = False
         self._ended: asyncio.Future[NodeEvent | None] = asyncio.get_running_loop().create_future()
         """Its last event; None when that was sent already."""
         self.task = asyncio.create_task(self._run())
@@ -77,10 +93,23 @@ class Replica:
         """Ends it, whatever it is doing; ReplicaStopped follows. Harmless when it is ending."""
         self._end(ReplicaStopped(*self._names()))
 
+    @property
+    def is_whole(self) -> bool:
+        """All of its bytes have arrived."""
+        return self._landing is not None and self._landing.report.done()
+
     def worker_lost(self, reason: str) -> None:
         """Its worker has died; says so at once, before the worker is reaped."""
         if not self.is_ending:
             self._emit(ReplicaLost(*self._names(), reason))
+            self._end(None)
+
+    def spoil(self, reason: str) -> None:
+        """Its bytes are worth nothing; says so at once, before its worker is emptied."""
+        if not self.is_ending:
+            self.is_spoilt = True
+            self._emit(ReplicaLost(*self._names(), reason))
+            self._emit(Evicted(self.order.node_id, self.order.model.model_id, Tier.DRAM))
             self._end(None)
 
     def stream(self, job: GenerateJob) -> ItemStream[TokenBatch]:
@@ -118,26 +147,67 @@ class Replica:
 
     async def _start(self) -> ReplicaReady:
         held = await self._operation.result()
-        report = held.report
-        self._report_staging(held)
+        held_at = time.monotonic()
+        self._landing = landing = Landing(held.arrival, self._relay)
+        landing.report.add_done_callback(lambda report: self._landed(held, report))
         worker = await asyncio.shield(self._claim)
+        order = held.load_order(landing.num_open)
+        waited = self._waited(held_at)
         told_at = time.monotonic()
         self._was_told_to_load = True
-        loaded = await worker.channel.call("load", held.order, LoadReport)
-        now = time.monotonic()
-        phases = Phases(
-            place_s=max(0.0, told_at - self._ordered_at - report.fetch_s - report.dram_s),
-            fetch_s=report.fetch_s,
-            dram_s=report.dram_s,
-            device_s=loaded.device_s,
-            init_s=max(0.0, now - told_at - loaded.device_s),
-        )
+        loaded = await worker.channel.call("load", order, LoadReport)
+        self._is_loaded = True
+        if not order.is_whole:
+            self._relay(landing.num_open)
+        init_s = max(0.0, time.monotonic() - told_at - loaded.device_s)
+        phases = dataclasses.replace(waited, device_s=loaded.device_s, init_s=init_s)
         return ReplicaReady(*self._names(), phases)
 
-    def _report_staging(self, held: HeldModel) -> None:
-        for event in staged_events(self.order.node_id, self.order.model, held.report):
+    def _waited(self, held_at: float) -> Phases:
+        """What it took until the worker could be told to load: bytes, then the worker.
+
+        Of bytes that are still arriving only the finding of their place counts here; the rest is
+        waited for by the first request.
+        """
+        now = time.monotonic()
+        landed = self._landing.report if self._landing is not None else None
+        if landed is not None and landed.done():
+            report = landed.result()
+            place_s = max(0.0, now - self._ordered_at - report.fetch_s - report.dram_s)
+            return Phases(place_s=place_s, fetch_s=report.fetch_s, dram_s=report.dram_s)
+        held_s, place_s = held_at - self._ordered_at, now - held_at
+        if self.order.model.lowest_tier is Tier.REMOTE:
+            return Phases(place_s=place_s, fetch_s=held_s)
+        return Phases(place_s=place_s, dram_s=held_s)
+
+    def _relay(self, num_open: int) -> None:
+        """Tells a worker that has bound the model what it may use by now."""
+        if self._is_loaded and not self.is_ending and (worker := self.worker):
+            worker.channel.notify("opened", Opened(self.order.model.model_id, num_open))
+
+    def _landed(self, held: HeldModel, report: asyncio.Future[StageReport]) -> None:
+        """All bytes are there, or the rest will not come."""
+        if self.is_ending:
+            return
+        try:
+            moved = report.result()
+        except FlashServeError as error:
+            self._arrival_failed(error)
+            return
+        model = self.order.model
+        for event in staged_events(self.order.node_id, model, moved):
             self._emit(event)
-        self._on_staged(self.order.model.model_id, held.hint)
+        self._on_staged(model.model_id, held.hint)
+
+    def _arrival_failed(self, error: FlashServeError) -> None:
+        """Who computes with the first bytes gets the error; who waits gets it of the next start."""
+        if self.ready is None:
+            self._end(ReplicaFailed(*self._names(), error.code, error.message))
+            return
+        if worker := self.worker:
+            failed = ArrivalFailed(self.order.model.model_id, error.code, error.message)
+            worker.channel.notify("failed", failed)
+        self.spoil(error.message)
 
     async def _give_back(self) -> None:
         if (worker := self.worker) and self._was_told_to_load:

@@ -3,7 +3,7 @@
 One loop. It sleeps in `poll` when there is nothing to do, looks for frames without waiting between
 two steps, and uses idle time to prepare for models that may come. Beside it the link's receiving
 thread hands new sequences to the engine at once, so that a request does not wait for the end of a
-step to be queued (`_accept`).
+step to be queued, and opens the gates at which a step may wait (`_accept`).
 """
 
 from __future__ import annotations
@@ -14,15 +14,23 @@ import threading
 import time
 from typing import Any, Protocol
 
-from flashserve.errors import FlashServeError, InputError, InternalError, ReplicaError
+from flashserve.errors import (
+    FlashServeError,
+    InputError,
+    InternalError,
+    ReplicaError,
+    error_from_code,
+)
 from flashserve.messages import wire
 from flashserve.messages.wire import Call, Cancel, Credit, End, Fault, Frame, Item, Notice, Reply
 from flashserve.messages.work import (
+    ArrivalFailed,
     DescribeModel,
     GenerateJob,
     LoadModel,
     LoadReport,
     ModelDescription,
+    Opened,
     Prepare,
     TokenBatch,
     WorkerReady,
@@ -47,6 +55,10 @@ class BatchingEngine(Protocol):
     def num_running(self) -> int: ...
     @property
     def num_waiting(self) -> int: ...
+    @property
+    def waited_s(self) -> float: ...
+    @property
+    def reused(self) -> dict[str, int]: ...
 
 
 class Host(Protocol):
@@ -56,6 +68,12 @@ class Host(Protocol):
     def engine(self) -> BatchingEngine | None: ...
     def load(self, order: LoadModel) -> LoadReport: ...
     def unload(self) -> None: ...
+    def opened(self, news: Opened) -> None:
+        """More bytes of the loaded model are there; also while a step waits for them."""
+
+    def fail_arrival(self, error: FlashServeError) -> None:
+        """A step that waits for bytes of the loaded model, or ever will, raises `error`."""
+
     def describe(self, order: DescribeModel) -> ModelDescription: ...
     def prepare(self, hint: Prepare) -> None: ...
     def work_ahead(self) -> bool:
@@ -71,6 +89,10 @@ class _Stream:
     call_id: int
     sequence_id: str
     added_at: float | None
+    waited_s: float
+    """What the engine had waited for weights when it was added; then what it waited since."""
+    num_reused: int | None = None
+    """None before the first token."""
     credit: int = wire.INITIAL_CREDIT
     pending: list[TokenOutput] = dataclasses.field(default_factory=list)
     finished: bool = False
@@ -100,7 +122,7 @@ class Serving:
             WireError: the agent sent something that is no frame.
         """
         self._link.send(Notice("ready", wire.pack(self._ready)))
-        self._link.listen(self._accept)
+        self._link.listen(self._accept, self._closed)
         while True:
             for frame in self._link.poll(self._patience_s()):
                 self._handle(frame)
@@ -134,17 +156,34 @@ class Serving:
             case Notice("prepare", body):
                 self._host.prepare(wire.unpack(body, Prepare))
                 self._may_work_ahead = True
+            case Notice("opened" | "failed"):
+                pass  # `_accept` has dealt with it
             case _:
                 _log.warning("unexpected frame %s", type(frame).__name__)
 
     def _accept(self, frame: Frame) -> None:
-        """Queues a new sequence; on the receiving thread, also while a step is being computed."""
-        if isinstance(frame, Call) and frame.method == "generate":
-            try:
-                with self._lock:
-                    self._generate(frame.id, wire.unpack(frame.body, GenerateJob))
-            except Exception as error:
-                self._refused[frame.id] = _fault(frame, error)
+        """What cannot wait for the end of a step; on the receiving thread, also during one.
+
+        Queues a new sequence, and lets go on, or end, a step that waits for weights.
+        """
+        match frame:
+            case Call(call_id, "generate", body):
+                try:
+                    with self._lock:
+                        self._generate(call_id, wire.unpack(body, GenerateJob))
+                except Exception as error:
+                    self._refused[call_id] = _fault(frame, error)
+            case Call(method="unload"):
+                self._host.fail_arrival(ReplicaError("the replica was stopped"))
+            case Notice("opened", body):
+                self._host.opened(wire.unpack(body, Opened))
+            case Notice("failed", body):
+                failed = wire.unpack(body, ArrivalFailed)
+                self._host.fail_arrival(error_from_code(failed.code, failed.message))
+
+    def _closed(self) -> None:
+        """The connection has ended; the loop hears of it from `poll`, after its step."""
+        self._host.fail_arrival(ReplicaError("the agent is gone"))
 
     def _call(self, call: Call) -> None:
         """Answers a call; whatever goes wrong in it becomes its Fault."""
@@ -174,7 +213,7 @@ class Serving:
             raise ReplicaError("the worker holds no model")
         if job.sequence_id in self._sequences:
             raise InputError(f"sequence {job.sequence_id} is already running")
-        stream = _Stream(call_id, job.sequence_id, time.monotonic())
+        stream = _Stream(call_id, job.sequence_id, time.monotonic(), engine.waited_s)
         self._streams[call_id] = stream
         self._sequences[job.sequence_id] = stream
         try:
@@ -199,14 +238,21 @@ class Serving:
     def _step(self, engine: BatchingEngine) -> None:
         try:
             outputs = engine.step()
+        except FlashServeError as error:
+            with self._lock:
+                self._fail_all(engine, error.code, error.message)
+            return
         except Exception as error:
             _log.exception("a step failed; its sequences end")
             with self._lock:
-                self._fail_all(engine, _describe_error("step", error))
+                self._fail_all(engine, InternalError.code, _describe_error("step", error))
             return
         touched: dict[int, _Stream] = {}
         for sequence_id, token in outputs:
             if stream := self._sequences.get(sequence_id):
+                if stream.num_reused is None:
+                    stream.num_reused = engine.reused.get(sequence_id, 0)
+                    stream.waited_s = engine.waited_s - stream.waited_s
                 stream.pending.append(token)
                 stream.finished = token.finish_reason is not None
                 touched[stream.call_id] = stream
@@ -216,7 +262,11 @@ class Serving:
     def _send_tokens(self, stream: _Stream) -> None:
         """Sends what is pending as one item, if there is credit for it."""
         if stream.pending and stream.credit > 0:
-            batch = TokenBatch(tuple(stream.pending), stream.added_at)
+            batch = TokenBatch(tuple(stream.pending))
+            if stream.added_at is not None:
+                batch = TokenBatch(
+                    batch.tokens, stream.added_at, stream.waited_s, stream.num_reused or 0
+                )
             self._link.send(Item(stream.call_id, wire.pack(batch)))
             stream.pending.clear()
             stream.added_at = None
@@ -225,7 +275,7 @@ class Serving:
             self._forget(stream)
             self._link.send(End(stream.call_id))
 
-    def _fail_all(self, engine: BatchingEngine, message: str) -> None:
+    def _fail_all(self, engine: BatchingEngine, code: str, message: str) -> None:
         """Ends every sequence with a Fault, and makes sure that the engine is empty again."""
         streams = list(self._streams.values())
         try:
@@ -239,7 +289,7 @@ class Serving:
         if not is_empty:
             raise EngineUnusableError(f"{message}; its memory did not come back")
         for stream in streams:
-            self._link.send(Fault(stream.call_id, InternalError.code, message))
+            self._link.send(Fault(stream.call_id, code, message))
 
     def _abort(self, stream: _Stream) -> None:
         self._forget(stream)

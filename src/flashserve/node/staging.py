@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
 from flashserve.messages.work import LoadModel, Prepare
-from flashserve.store.store import Lease, StageReport, Store
+from flashserve.store import store
+from flashserve.store.arrival import Arrival, StageReport
+from flashserve.store.store import Lease, Store
 from flashserve.types import ModelId, ModelSpec, Tier
 
 T = TypeVar("T")
@@ -31,12 +33,22 @@ class StagedModel:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HeldModel:
-    """A model whose bytes are in DRAM and stay there until `lease` is released."""
+    """A model whose bytes are in DRAM, or on their way; its place is kept until `lease` ends."""
 
-    report: StageReport
+    arrival: Arrival
     hint: Prepare
     lease: Lease
-    order: LoadModel
+
+    def load_order(self, num_open: int) -> LoadModel:
+        snapshot = self.lease.snapshot
+        return LoadModel(
+            self.lease.model_id,
+            snapshot.config,
+            snapshot.generation_config,
+            self.lease.tensors,
+            self.arrival.num_groups,
+            num_open,
+        )
 
 
 class Operation(Generic[T]):
@@ -79,9 +91,11 @@ class StoreQueue:
         """Brings the model up to `tier`."""
         return self._submit(model, lambda: self._stage(model, tier), self._evictions)
 
-    def hold(self, model: ModelSpec) -> Operation[HeldModel]:
-        """Brings the model into DRAM and leases it there."""
-        return self._submit(model, lambda: self._hold(model), self._evictions)
+    def hold(
+        self, model: ModelSpec, after: Iterable[asyncio.Task[Any]] = ()
+    ) -> Operation[HeldModel]:
+        """Leases the model in DRAM, where its bytes may still be arriving, once `after` is done."""
+        return self._submit(model, lambda: self._hold(model), (*self._evictions, *after))
 
     def evict(
         self, model: ModelSpec, tier: Tier, after: Iterable[asyncio.Task[Any]]
@@ -106,20 +120,16 @@ class StoreQueue:
         await asyncio.to_thread(self._executor.shutdown, wait=True, cancel_futures=True)
 
     def _stage(self, model: ModelSpec, tier: Tier) -> StagedModel:
-        report = self._store.stage(model, tier)
+        report = _report(self._store.stage(model, tier))
         if tier is not Tier.DRAM:
             return StagedModel(report, None)
         with self._store.lease(model.model_id) as lease:
             return StagedModel(report, _hint(lease))
 
     def _hold(self, model: ModelSpec) -> HeldModel:
-        report = self._store.stage(model, Tier.DRAM)
+        report = _report(self._store.stage(model, Tier.DRAM))
         lease = self._store.lease(model.model_id)
-        snapshot = lease.snapshot
-        order = LoadModel(
-            model.model_id, snapshot.config, snapshot.generation_config, lease.tensors
-        )
-        return HeldModel(report, _hint(lease), lease, order)
+        return HeldModel(Arrival((), report=lambda _: report), _hint(lease), lease)
 
     def _submit(
         self, model: ModelSpec, work: Callable[[], T], after: Iterable[asyncio.Task[Any]]
@@ -140,6 +150,10 @@ class StoreQueue:
             await asyncio.wait(earlier)
         operation.is_running = True
         return await self.run(work)
+
+
+def _report(moved: store.StageReport) -> StageReport:
+    return StageReport(moved.num_bytes, moved.fetch_s, moved.dram_s)
 
 
 def _hint(lease: Lease) -> Prepare:

@@ -11,14 +11,17 @@ import os
 import signal
 import socket
 import time
+from typing import ClassVar
 
-from flashserve.errors import error_from_code
+from flashserve.engine.gates import Gates
+from flashserve.errors import FlashServeError, error_from_code
 from flashserve.messages.work import (
     DescribeModel,
     GenerateJob,
     LoadModel,
     LoadReport,
     ModelDescription,
+    Opened,
     Prepare,
     WorkerReady,
 )
@@ -40,8 +43,9 @@ class Script:
 
 
 class FakeEngine:
-    def __init__(self, script: Script) -> None:
+    def __init__(self, script: Script, gates: Gates) -> None:
         self._script = script
+        self._gates = gates
         self._left: dict[str, tuple[int, int]] = {}
         self._num_steps = 0
         self._lost = 0
@@ -55,6 +59,11 @@ class FakeEngine:
         return len(self._left)
 
     num_waiting = 0
+    reused: ClassVar[dict[str, int]] = {}
+
+    @property
+    def waited_s(self) -> float:
+        return self._gates.waited_s
 
     def kv_usage(self) -> KVUsage:
         used = len(self._left) + self._lost
@@ -69,6 +78,8 @@ class FakeEngine:
         self._left.pop(sequence_id, None)
 
     def step(self) -> list[tuple[str, TokenOutput]]:
+        for group in range(self._gates.num_groups):
+            self._gates.wait(group)
         time.sleep(self._script.step_s)
         self._num_steps += 1
         if self._num_steps == self._script.fails_at_step:
@@ -88,6 +99,7 @@ class FakeEngine:
 class FakeHost:
     def __init__(self) -> None:
         self.engine: FakeEngine | None = None
+        self._gates = Gates(0)
 
     def load(self, order: LoadModel) -> LoadReport:
         script = Script(**order.config.get("fake", {}))
@@ -96,11 +108,19 @@ class FakeHost:
             os.kill(os.getpid(), signal.SIGKILL)
         if script.load_error:
             raise error_from_code(*script.load_error)
-        self.engine = FakeEngine(script)
+        self._gates = Gates(order.num_groups)
+        self._gates.open(order.num_open)
+        self.engine = FakeEngine(script, self._gates)
         return LoadReport(0.0, 0.0, self.engine.kv_usage())
 
     def unload(self) -> None:
         self.engine = None
+
+    def opened(self, news: Opened) -> None:
+        self._gates.open(news.num_open)
+
+    def fail_arrival(self, error: FlashServeError) -> None:
+        self._gates.fail(error)
 
     def describe(self, order: DescribeModel) -> ModelDescription:
         return ModelDescription("Fake", 4096, sum(len(t.shape) for t in order.tensors), 64)

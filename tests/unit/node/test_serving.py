@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import pytest
 
-from flashserve.errors import CheckpointError, InputError, WireError
+from flashserve.errors import CheckpointError, FlashServeError, InputError, WireError
 from flashserve.messages import wire
 from flashserve.messages.wire import Call, Cancel, Credit, End, Fault, Frame, Item, Notice, Reply
 from flashserve.messages.work import (
@@ -16,6 +17,7 @@ from flashserve.messages.work import (
     LoadModel,
     LoadReport,
     ModelDescription,
+    Opened,
     Prepare,
     TokenBatch,
     WorkerReady,
@@ -36,7 +38,7 @@ class Link:
         self.patience: list[float | None] = []
         self.on_frame: Callable[[Frame], None] = lambda frame: None
 
-    def listen(self, on_frame: Callable[[Frame], None]) -> None:
+    def listen(self, on_frame: Callable[[Frame], None], on_end: Callable[[], None]) -> None:
         self.on_frame = on_frame
 
     def send(self, frame: Frame) -> None:
@@ -56,6 +58,8 @@ class Engine:
     """Emits one token of each sequence at every step; a sequence ends with its max_tokens."""
 
     num_waiting = 0
+    waited_s = 0.0
+    reused: ClassVar[dict[str, int]] = {}
 
     def __init__(self) -> None:
         self.jobs: dict[str, list[int]] = {}
@@ -105,6 +109,8 @@ class Host:
         self.hints: list[Prepare] = []
         self.num_unloads = 0
         self.load_error: Exception | None = None
+        self.num_open = 0
+        self.arrival_error: FlashServeError | None = None
 
     def load(self, order: LoadModel) -> LoadReport:
         if self.load_error:
@@ -115,6 +121,12 @@ class Host:
     def unload(self) -> None:
         self.engine = None
         self.num_unloads += 1
+
+    def opened(self, news: Opened) -> None:
+        self.num_open = news.num_open
+
+    def fail_arrival(self, error: FlashServeError) -> None:
+        self.arrival_error = error
 
     def describe(self, order: DescribeModel) -> ModelDescription:
         return ModelDescription("Some", 1, 2, 3)
