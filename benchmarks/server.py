@@ -26,6 +26,8 @@ class Server:
 
     admin: httpx.Client
     http: httpx.Client
+    data_dir: str
+    pid: int
 
 
 @contextlib.contextmanager
@@ -53,7 +55,7 @@ def running_server(**settings: str) -> Iterator[Server]:
                 ) as admin,
                 httpx.Client(base_url=base_url, timeout=300) as http,
             ):
-                yield Server(admin, http)
+                yield Server(admin, http, data_dir, process.pid)
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=60)
@@ -72,7 +74,9 @@ def deploy(server: Server, name: str, source: pathlib.Path, keep_alive_s: float)
     server.admin.post("/admin/v1/models", json=body).raise_for_status()
 
 
-def wait_for_state(server: Server, name: str, state: str, tier: str) -> None:
+def wait_for_state(
+    server: Server, name: str, state: str, tier: str, interval_s: float = 0.05
+) -> None:
     """Polls until `ps` shows the model in this state, with its bytes in this tier."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
@@ -80,7 +84,7 @@ def wait_for_state(server: Server, name: str, state: str, tier: str) -> None:
         status = next(model for model in models if model["name"] == name)
         if status["state"] == state and status["tier"] == tier:
             return
-        time.sleep(0.05)
+        time.sleep(interval_s)
     raise SystemExit(f"{name} did not become {state} in {tier}: {status}")
 
 
