@@ -136,6 +136,8 @@ class StoreSettings(_Section):
     """Rate at which checkpoints in DRAM are compared with their checksums; 0 turns it off."""
     huge_pages: bool = True
     """Ask the kernel for huge pages for the arena where it has them for shared memory."""
+    handout_bytes: Bytes = Field(default_factory=_default_dram_bytes)
+    """Memory for copies of models that other processes (load_model, open_snapshot) hold."""
 
 
 class EngineSettings(_Section):

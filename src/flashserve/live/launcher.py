@@ -40,13 +40,15 @@ async def launch(settings: Settings, nodes: Sequence[Node] | None = None) -> Asy
         catalogue = Catalogue(settings.data_dir)
         stack.push_async_callback(catalogue.close)
         await catalogue.open()
+        agent = Agent(settings)
         runtime = Runtime(
-            Controller(settings.policy), [Agent(settings)] if nodes is None else nodes
+            Controller(settings.policy), [agent] if nodes is None else nodes
         )
         stack.push_async_callback(runtime.close)
         await runtime.start()
         service = Service(settings, runtime, catalogue)
         stack.push_async_callback(service.close)
+        agent.deployed = service.deployed
         await service.start()
         yield service
 

@@ -22,7 +22,7 @@ from flashserve.live.text import ModelText, encode_prompt
 from flashserve.live.tiers import bring_to_tier, take_from_tier
 from flashserve.live.timing import Stopwatch
 from flashserve.messages.events import DrainStarted
-from flashserve.types import ModelId, RequestId, SamplingParams, Tier
+from flashserve.types import ModelId, ModelSpec, RequestId, SamplingParams, Tier
 
 
 class Service:
@@ -49,6 +49,10 @@ class Service:
             asyncio.create_task(self._recorder.run(), name="arrivals"),
             asyncio.create_task(self._deployments.preload(), name="tokenizers"),
         ]
+
+    def deployed(self) -> dict[ModelId, ModelSpec]:
+        """Every model by name, for a node that is asked for one."""
+        return {model.spec.model_id: model.spec for model in self._deployments.all()}
 
     async def close(self) -> None:
         """End what still runs and write down what was counted. Idempotent."""

@@ -13,7 +13,7 @@ import dataclasses
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
 import structlog
@@ -44,6 +44,7 @@ _MAX_CLIENTS = 256
 CREDENTIALS = struct.Struct("iII")
 """struct ucred: process, user, group."""
 
+_Models = Mapping[ModelId, ModelSpec]
 _log = structlog.get_logger()
 
 
@@ -69,7 +70,7 @@ class Handout:
         listener: socket.socket,
         store: Store,
         data_dir: Path,
-        models: Callable[[], dict[ModelId, ModelSpec]],
+        models: Callable[[], _Models],
         max_bytes: int,
     ) -> None:
         listener.setblocking(False)
@@ -143,11 +144,14 @@ class Handout:
         """The copy of a model, made unless it is there, and kept as long as the context lasts."""
         if len(self._clients) > _MAX_CLIENTS:
             raise UnavailableError(f"{_MAX_CLIENTS} other processes have models of this node")
-        snapshot = await asyncio.to_thread(self._inspect, source)
+        models = self._models()
+        snapshot = await asyncio.to_thread(self._inspect, source, models)
         shared = self._shared.get(snapshot.identity)
         if shared is None:
             self._check_room(snapshot)
-            shared = _Shared(snapshot.arena_bytes, asyncio.create_task(self._make(snapshot)))
+            shared = _Shared(
+                snapshot.arena_bytes, asyncio.create_task(self._make(snapshot, models))
+            )
             self._shared[snapshot.identity] = shared
             self._making.add(shared.making)
         shared.num_users += 1
@@ -159,8 +163,8 @@ class Handout:
                 del self._shared[snapshot.identity]
                 shared.making.add_done_callback(self._drop)
 
-    def _inspect(self, source: str) -> Snapshot:
-        model = self._models().get(ModelId(source))
+    def _inspect(self, source: str, models: _Models) -> Snapshot:
+        model = models.get(ModelId(source))
         if model is None and scheme_of(source) is None and not Path(source).is_absolute():
             raise SourceError(
                 f"{shown(source)} is neither a directory nor a model that this node knows"
@@ -181,18 +185,18 @@ class Handout:
                 "or raise store.handout_bytes"
             )
 
-    async def _make(self, snapshot: Snapshot) -> ModelCopy:
+    async def _make(self, snapshot: Snapshot, models: _Models) -> ModelCopy:
         try:
-            return await asyncio.to_thread(self._make_in_thread, snapshot)
+            return await asyncio.to_thread(self._make_in_thread, snapshot, models)
         except FlashServeError:
             raise
         except Exception as error:
             _log.exception("handout_failed", source=snapshot.uri)
             raise InternalError(f"the copy failed: {one_line(error)}") from error
 
-    def _make_in_thread(self, snapshot: Snapshot) -> ModelCopy:
+    def _make_in_thread(self, snapshot: Snapshot, models: _Models) -> ModelCopy:
         """From the arena if the bytes are there, else from the source: the arena is not ours."""
-        if lease := self._resident(snapshot.identity):
+        if lease := self._resident(snapshot.identity, models):
             with lease:
                 return copy_lease(lease, self._store.arena)
         store = reading_store(self._data_dir)
@@ -203,8 +207,8 @@ class Handout:
             self._reading.discard(store)
             store.close()
 
-    def _resident(self, identity: str) -> Lease | None:
-        for model_id in self._models():
+    def _resident(self, identity: str, models: _Models) -> Lease | None:
+        for model_id in models:
             with contextlib.suppress(ConflictError):  # it is not in DRAM
                 if self._store.snapshot(model_id).identity == identity:
                     return self._store.lease(model_id)
