@@ -7,7 +7,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import rich.console
@@ -93,6 +93,25 @@ def waiting(doing: str) -> Iterator[None]:
     finally:
         done.set()
         reminder.join()
+
+
+@contextlib.contextmanager
+def steps(doing: str) -> Iterator[Callable[[str], None]]:
+    """Shows what is being done, told through the function that it gives: a bar, or plain lines."""
+    console = rich.console.Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield lambda step: console.print(f"{doing}: {step}")
+        return
+    with rich.progress.Progress(
+        rich.progress.SpinnerColumn(),
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(bar_width=20),
+        rich.progress.TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    ) as progress:
+        task = progress.add_task(doing, total=None)
+        yield lambda step: progress.update(task, description=f"{doing}: {step}")
 
 
 def _remind(doing: str, done: threading.Event) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from flashserve.cli.calibrate import calibrate
 from flashserve.cli.config import config
 from flashserve.cli.generate import run
 from flashserve.cli.models import delete, deploy, evict, ps, stage
@@ -34,6 +35,7 @@ EXAMPLES: dict[Callable[..., None], list[str]] = {
     stage: ["flashserve stage smollm2 --tier dram"],
     evict: ["flashserve evict smollm2 --tier dram"],
     delete: ["flashserve delete smollm2"],
+    calibrate: ["flashserve calibrate", "flashserve calibrate --source s3://bucket/model"],
     config: ["flashserve config", "FLASHSERVE_NODE__NUM_WORKERS=1 flashserve config --json"],
 }
 """Every command, in the order of `flashserve --help`, with the examples of its own --help."""

@@ -33,6 +33,7 @@ from flashserve.messages.events import (
     Tick,
     WorkersChanged,
 )
+from flashserve.policy.cost import UNMEASURED, Rates
 from flashserve.types import ModelId, ReplicaId, RequestId, Tier
 
 
@@ -60,10 +61,13 @@ class Controller:
     between an Evict and its answer; a join with an epoch that is not new; a loss with another
     epoch than the node's; anything about models that are not deployed, save RequestArrived, which
     is always answered. Events of an earlier epoch that carry none are for the driver to drop.
+
+    Args:
+        rates: what the tiers were measured to give; predictions start from them.
     """
 
-    def __init__(self, settings: PolicySettings) -> None:
-        self._state = State(settings)
+    def __init__(self, settings: PolicySettings, rates: Rates = UNMEASURED) -> None:
+        self._state = State(settings, rates)
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Apply one event at time `now` (seconds) and return the commands it causes, in order."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
-from flashserve.policy.cost import Costs, WorkerState, average
+from flashserve.policy.cost import UNMEASURED, Costs, Rates, WorkerState, average
 from flashserve.types import ModelId, NodeId, Phases, Tier
 
 
@@ -44,15 +44,25 @@ class Estimates:
 
     A scope about which nothing is known gets the average of the others, and without any the
     default. Reports that cannot be true (NaN, zero, negative, absurd) are left out.
+
+    Args:
+        rates: measured ahead on such machines; they stand in for the defaults.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rates: Rates = UNMEASURED) -> None:
         self._averages: dict[tuple[Quantity, str], float] = {}
+        measured = {
+            Quantity.REMOTE_BYTES_PER_S: rates.remote_bytes_per_s,
+            Quantity.DISK_BYTES_PER_S: rates.disk_bytes_per_s,
+            Quantity.DRAM_BYTES_PER_S: rates.dram_bytes_per_s,
+        }
+        self._measured = {what: rate for what, rate in measured.items() if rate is not None}
 
     def value(self, what: Quantity, scope: str) -> float:
         known = self._averages.get((what, scope))
         if known is None:
-            known = self._averages.get((what, _EVERYWHERE), what.value.default)
+            default = self._measured.get(what, what.value.default)
+            known = self._averages.get((what, _EVERYWHERE), default)
         return known
 
     def observe(self, what: Quantity, scope: str, sample: float) -> None:

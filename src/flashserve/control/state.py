@@ -13,12 +13,12 @@ from flashserve.control.line import Line
 from flashserve.control.records import Model, Node, Replica, Request, Resident, Status
 from flashserve.control.timers import Timer, TimerKind, Timers
 from flashserve.policy import keepalive
-from flashserve.policy.cost import extent_bytes
+from flashserve.policy.cost import Rates, extent_bytes
 from flashserve.types import ModelId, ModelSpec, NodeId, NodeSpec, ReplicaId, RequestId, Tier
 
 
 class State:
-    def __init__(self, settings: PolicySettings) -> None:
+    def __init__(self, settings: PolicySettings, rates: Rates) -> None:
         self.settings = settings
         self.models: dict[ModelId, Model] = {}
         self.nodes: dict[NodeId, Node] = {}
@@ -29,7 +29,7 @@ class State:
         self.busy: dict[ReplicaId, Replica] = {}
         self.unheld: list[Request] = []
         """Requests that began to wait in this event and have not been told so."""
-        self.estimates = Estimates()
+        self.estimates = Estimates(rates)
         self.timers = Timers(self._due_at)
         self.line = Line(self.timers, settings.slot_patience_s)
         self.epochs: dict[NodeId, int] = {}

@@ -8,6 +8,8 @@ import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
+import structlog
+
 from flashserve.config import Settings
 from flashserve.control.controller import Controller
 from flashserve.errors import ConflictError, InputError
@@ -16,7 +18,10 @@ from flashserve.live.runtime import Runtime
 from flashserve.live.service import Service
 from flashserve.node.agent import Agent
 from flashserve.node.client import Node
+from flashserve.policy.cost import UNMEASURED, Rates
+from flashserve.store.calibration import read_calibration
 
+_log = structlog.get_logger(__name__)
 _LOCK_NAME = "server.lock"
 
 
@@ -42,7 +47,8 @@ async def launch(settings: Settings, nodes: Sequence[Node] | None = None) -> Asy
         await catalogue.open()
         agent = Agent(settings)
         runtime = Runtime(
-            Controller(settings.policy), [agent] if nodes is None else nodes
+            Controller(settings.policy, _measured_rates(settings.data_dir)),
+            [agent] if nodes is None else nodes,
         )
         stack.push_async_callback(runtime.close)
         await runtime.start()
@@ -73,6 +79,20 @@ def lock_data_dir(data_dir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def _measured_rates(data_dir: Path) -> Rates:
+    """What `flashserve calibrate` wrote; a file that cannot be used is logged and left."""
+    try:
+        calibration = read_calibration(data_dir)
+    except InputError as error:
+        _log.warning("calibration_not_used", reason=error.message)
+        return UNMEASURED
+    if calibration is None:
+        return UNMEASURED
+    return Rates(
+        calibration.remote_bytes_per_s, calibration.disk_bytes_per_s, calibration.dram_bytes_per_s
+    )
 
 
 def _lock(lock: int, data_dir: Path) -> None:

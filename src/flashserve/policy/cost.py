@@ -33,6 +33,18 @@ class Costs:
     init_s: float
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rates:
+    """Bytes per second at which they leave each tier, measured ahead; None where nobody did."""
+
+    remote_bytes_per_s: float | None = None
+    disk_bytes_per_s: float | None = None
+    dram_bytes_per_s: float | None = None
+
+
+UNMEASURED = Rates()
+
+
 def extent_bytes(size_bytes: int) -> int:
     """Bytes of DRAM that a checkpoint of `size_bytes` takes: its image in whole extents."""
     return -(-size_bytes // EXTENT_BYTES) * EXTENT_BYTES

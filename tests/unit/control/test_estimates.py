@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from flashserve.control.estimates import Estimates, Quantity
-from flashserve.policy.cost import WorkerState
+from flashserve.policy.cost import Rates, WorkerState
 from flashserve.types import ModelId, NodeId, Phases, Tier
 
 N1, N2, M = NodeId("n1"), NodeId("n2"), ModelId("m")
@@ -54,3 +54,12 @@ def test_what_is_gone_is_forgotten() -> None:
     estimates.observe(Quantity.PREFILL_S, "other", 4.0)
     estimates.forget("m")
     assert estimates.value(Quantity.PREFILL_S, "m") == pytest.approx(2.6)
+
+
+def test_what_was_measured_ahead_stands_in_for_the_defaults_until_something_is_learnt() -> None:
+    estimates = Estimates(Rates(disk_bytes_per_s=5e8))
+    costs = estimates.costs(N1, M, WorkerState.SPARE)
+    assert costs.disk_bytes_per_s == 5e8
+    assert costs.remote_bytes_per_s == Estimates().value(Quantity.REMOTE_BYTES_PER_S, N1)
+    estimates.observe_staged(N1, Tier.DRAM, 1000_000, 0.5)
+    assert estimates.value(Quantity.DISK_BYTES_PER_S, N1) == 2000_000
