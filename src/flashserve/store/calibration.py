@@ -68,7 +68,7 @@ def read_calibration(data_dir: Path) -> Calibration | None:
             return msgspec.json.decode(file.read(_MAX_FILE_BYTES), type=Calibration)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.MsgspecError, ValueError) as error:
+    except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path} cannot be used ({one_line(error)}): run `flashserve calibrate` again"
         ) from None
