@@ -1,0 +1,103 @@
+"""Computes digests of whole files in DRAM, off the critical path."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import blake3
+
+from flashserve.store.listing import CHUNK_BYTES
+
+_NICENESS = 10  # below the server and the workers; no request waits for a digest
+
+ViewFactory = Callable[[], AbstractContextManager[memoryview] | None]
+"""Gives a file's bytes, kept where they are as long as it is entered; None if they are gone."""
+
+OnDone = Callable[[str, str | None], None]
+"""Told the BLAKE3 in hex, and how the bytes differ from what was promised, None if they do not."""
+
+
+class _Hash(Protocol):
+    def update(self, data: memoryview, /) -> object: ...
+
+    def hexdigest(self) -> str: ...
+
+
+@dataclasses.dataclass(slots=True)
+class _Job:
+    """promised: by algorithm, in hex; sums: begun, by algorithm, "blake3" among them."""
+
+    view: ViewFactory
+    promised: dict[str, str]
+    sums: dict[str, _Hash]
+    on_done: OnDone
+
+    def mismatch(self) -> str | None:
+        for name, wanted in self.promised.items():
+            found = self.sums[name].hexdigest()
+            if found != wanted.lower():
+                return f"its {name} is {found}, but its origin promised {wanted}"
+        return None
+
+
+class Digester:
+    """One background thread, of low priority, that works off what is submitted, in order."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="store-digest", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, view: ViewFactory, promised: Sequence[tuple[str, str]], on_done: OnDone
+    ) -> None:
+        """Has a file's digest computed; returns at once.
+
+        Args:
+            view: called by the thread when it is the file's turn.
+            promised: what the origin says of the file: algorithm ("blake3", or one of hashlib)
+                and hex digest.
+            on_done: called by the thread, while nothing is held; not called when the bytes were
+                gone, or when the digester was stopped before.
+
+        Raises:
+            ValueError: an algorithm is unknown.
+        """
+        sums: dict[str, _Hash] = {"blake3": blake3.blake3()}
+        for name, _ in promised:
+            if name not in sums:
+                sums[name] = hashlib.new(name, usedforsecurity=False)
+        self._jobs.put(_Job(view, dict(promised), sums, on_done))
+
+    def stop(self) -> None:
+        """Gives up what is under way and what waits; returns when the thread has ended."""
+        self._stopping.set()
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        while job := self._jobs.get():
+            if self._work(job):
+                job.on_done(job.sums["blake3"].hexdigest(), job.mismatch())
+
+    def _work(self, job: _Job) -> bool:
+        """Whether the bytes were there until the end, and nobody said stop."""
+        if self._stopping.is_set() or (opened := job.view()) is None:
+            return False
+        with opened as view:
+            for begin in range(0, len(view), CHUNK_BYTES):
+                with view[begin : begin + CHUNK_BYTES] as piece:
+                    for each in job.sums.values():
+                        if self._stopping.is_set():
+                            return False
+                        each.update(piece)
+        return True
