@@ -23,7 +23,7 @@ export PYTHONUNBUFFERED := 1
 
 .PHONY: help
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "FlashServe needs Python 3.11, 3.12 or 3.13; set PYTHON=/path/to/it" >&2; exit 1; }
@@ -57,6 +57,10 @@ lint: $(INSTALLED) ## Check style, types and the direction of imports
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --cache-dir .import_linter_cache
+
+.PHONY: bench-setup
+bench-setup: $(INSTALLED) ## Install the loaders that benchmarks/loader.py compares with
+	@$(PIP) -e '.[bench]'
 
 .PHONY: docs
 docs: $(INSTALLED) ## Build the documentation into site/
