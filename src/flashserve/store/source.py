@@ -9,18 +9,21 @@ from pathlib import Path
 from flashserve.config import StoreSettings
 from flashserve.errors import ForbiddenError, SourceError
 from flashserve.store.files import shown
-from flashserve.store.local import DEMO_NAME, DemoSource, DirectorySource, LocalSource
+from flashserve.store.hf import HfSource
+from flashserve.store.listing import Source
+from flashserve.store.local import DEMO_NAME, DemoSource, DirectorySource
+from flashserve.store.s3 import S3Source
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(demo|s3|hf):")
-_NOT_YET = {"s3", "hf"}
 _DEFAULTS = StoreSettings()
 
 
-def open_source(uri: str, data_dir: Path, settings: StoreSettings = _DEFAULTS) -> LocalSource:
-    """The source that `uri` names: a directory, or `demo:smollm2`. Reads nothing yet.
+def open_source(uri: str, data_dir: Path, settings: StoreSettings = _DEFAULTS) -> Source:
+    """The source that `uri` names: a directory, s3://bucket/prefix, hf://org/name[@revision] or
+    demo:smollm2. Reads nothing and asks nobody yet.
 
     Raises:
-        SourceError: the scheme is unknown or not available.
+        SourceError: the scheme is unknown, or the address is none of its scheme.
     """
     scheme = scheme_of(uri)
     if scheme is None:
@@ -31,13 +34,13 @@ def open_source(uri: str, data_dir: Path, settings: StoreSettings = _DEFAULTS) -
         return DemoSource(uri, data_dir, settings)
     if scheme == "demo":
         raise SourceError(f"source {shown(uri)}: the only demo model is demo:{DEMO_NAME}")
-    if scheme in _NOT_YET:
-        raise SourceError(
-            f"source {shown(uri)}: {scheme}:// is not available in this version; download the "
-            "checkpoint and name its directory"
-        )
+    if scheme == "s3":
+        return S3Source(uri, settings)
+    if scheme == "hf":
+        return HfSource(uri, settings)
     raise SourceError(
-        f"source {shown(uri)}: unknown scheme {scheme}; name a directory or demo:{DEMO_NAME}"
+        f"source {shown(uri)}: unknown scheme {scheme}; name a directory, s3://bucket/prefix, "
+        f"hf://org/name or demo:{DEMO_NAME}"
     )
 
 

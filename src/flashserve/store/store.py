@@ -16,6 +16,7 @@ from flashserve.errors import (
     ConflictError,
     InputError,
     ModelTooLargeError,
+    SourceError,
     UnavailableError,
 )
 from flashserve.store import disk
@@ -23,7 +24,7 @@ from flashserve.store.disk import Progress
 from flashserve.store.dram import Arena, ArenaUsage
 from flashserve.store.files import DirectoryFiles
 from flashserve.store.images import Flight, Image
-from flashserve.store.local import LocalSource
+from flashserve.store.local import DirectorySource, LocalSource
 from flashserve.store.snapshot import Snapshot, read_snapshot
 from flashserve.store.source import open_source
 from flashserve.types import ModelId, ModelSpec, TensorSlice, Tier
@@ -102,7 +103,7 @@ class Store:
         Raises:
             DeployError: it cannot be served; one line that says which file and why.
         """
-        snapshot = _read_snapshot(open_source(uri, self._data_dir))
+        snapshot = _read_snapshot(_open_local(uri, self._data_dir))
         if snapshot.arena_bytes > self.arena.num_bytes:
             raise ModelTooLargeError(
                 f"{snapshot.directory} holds {snapshot.size_bytes} bytes of weights and needs "
@@ -130,7 +131,7 @@ class Store:
         if tier not in {Tier.DISK, Tier.DRAM}:
             raise InputError(f"a model is staged to disk or dram, not to {tier.label}")
         began = time.monotonic()
-        source = open_source(model.source, self._data_dir)
+        source = _open_local(model.source, self._data_dir)
         source.directory()
         fetched = time.monotonic()
         if tier is Tier.DISK:
@@ -345,3 +346,10 @@ class Store:
 def _read_snapshot(source: LocalSource) -> Snapshot:
     files = DirectoryFiles(source.directory())
     return read_snapshot(files, source.uri, source.identity())
+
+
+def _open_local(uri: str, data_dir: Path) -> LocalSource:
+    source = open_source(uri, data_dir)
+    if not isinstance(source, DirectorySource):
+        raise SourceError(f"source {uri} is remote, which is not available in this version")
+    return source

@@ -1,9 +1,10 @@
 import os
+import subprocess
 import sys
 
 import pytest
 
-from flashserve.errors import ForbiddenError, SourceError
+from flashserve.errors import CheckpointError, ForbiddenError, SourceError
 from flashserve.store.source import check_allowed, open_source
 from flashserve.types import Tier
 
@@ -50,9 +51,18 @@ def test_a_file_that_is_no_part_of_the_model_does_not(tmp_path, write_checkpoint
 @pytest.mark.parametrize(
     ("uri", "reason"),
     [
-        ("s3://bucket/prefix", "not available in this version"),
-        ("S3://bucket/prefix", "not available in this version"),
-        ("hf://org/name", "not available in this version"),
+        ("s3:bucket", "s3://bucket/prefix"),
+        ("s3:///prefix", "s3://bucket/prefix"),
+        ("s3://bucket/a/../b", "s3://bucket/prefix"),
+        ("s3://bucket/a//b", "s3://bucket/prefix"),
+        ("s3://user@bucket/a", "s3://bucket/prefix"),
+        ("s3://bucket/a\nb", "s3://bucket/prefix"),
+        ("hf://", "hf://org/name"),
+        ("hf://org/name/file", "hf://org/name"),
+        ("hf://org/..", "hf://org/name"),
+        ("hf://org/name@", "hf://org/name"),
+        ("hf://org/name@../x", "hf://org/name"),
+        ("hf://org/name?x=1", "hf://org/name"),
         ("demo:other", "demo:smollm2"),
         ("gs://bucket", "unknown scheme gs"),
         ("file:///tmp", "unknown scheme file"),
@@ -62,6 +72,27 @@ def test_a_file_that_is_no_part_of_the_model_does_not(tmp_path, write_checkpoint
 def test_other_addresses_are_refused_with_a_remedy(tmp_path, uri, reason):
     with pytest.raises(SourceError, match=reason):
         open_source(uri, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["s3://bucket/prefix", "S3://bucket/a/b/", "s3://bucket", "hf://org/name", "hf://gpt2@v1/x"],
+)
+def test_remote_sources_are_opened_without_asking_anybody(tmp_path, uri):
+    source = open_source(uri, tmp_path)
+    assert source.uri == uri
+    assert source.lowest_tier is Tier.REMOTE
+
+
+def test_clients_of_remote_sources_are_imported_when_they_are_needed():
+    program = (
+        "import sys, flashserve.store.source; "
+        "print([name for name in ('boto3', 'huggingface_hub', 'torch') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(
@@ -137,3 +168,65 @@ def test_a_failed_conversion_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(fake))
     with pytest.raises(SourceError, match="demo:smollm2 cannot be made: no such package"):
         open_source("demo:smollm2", tmp_path).directory()
+
+
+def test_a_listing_holds_weights_and_small_files_with_their_identities(tmp_path, write_checkpoint):
+    write_checkpoint(tmp_path)
+    for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja", "merges.txt"):
+        (tmp_path / name).write_text("{}")
+    for name in ("notes.txt", "adapter.safetensors", "pytorch_model.bin", ".hidden.json"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "directory.json").mkdir()
+    listing = open_source(str(tmp_path), tmp_path).listing()
+    assert [file.name for file in listing.files] == [
+        "chat_template.jinja",
+        "config.json",
+        "merges.txt",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer.model",
+    ]
+    for file in listing.files:
+        assert file.num_bytes == (tmp_path / file.name).stat().st_size
+    assert len({file.identity for file in listing.files}) == len(listing.files)
+
+
+def test_only_the_shards_of_the_index_are_listed(tmp_path, write_checkpoint, two_shards):
+    write_checkpoint(tmp_path, two_shards)
+    (tmp_path / "model-00009-of-00009.safetensors").write_text("stray")
+    names = [file.name for file in open_source(str(tmp_path), tmp_path).listing().files]
+    assert names == ["config.json", *sorted(two_shards), "model.safetensors.index.json"]
+
+
+def test_a_missing_shard_is_named(tmp_path, write_checkpoint, two_shards):
+    write_checkpoint(tmp_path, two_shards)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors is missing"):
+        open_source(str(tmp_path), tmp_path).listing()
+
+
+def test_a_file_shared_by_two_revisions_of_a_hub_cache_has_one_identity(tmp_path, write_checkpoint):
+    write_checkpoint(tmp_path / "blobs")
+    for revision in ("one", "two"):
+        directory = tmp_path / "snapshots" / revision
+        directory.mkdir(parents=True)
+        for name in ("config.json", "model.safetensors"):
+            (directory / name).symlink_to(f"../../blobs/{name}")
+    one, two = (
+        open_source(str(tmp_path / "snapshots" / revision), tmp_path).listing()
+        for revision in ("one", "two")
+    )
+    assert one.files == two.files
+
+
+def test_a_file_is_read_as_it_was_listed(tmp_path, write_checkpoint):
+    source = open_source(str(write_checkpoint(tmp_path)), tmp_path)
+    file = next(file for file in source.listing().files if file.name == "config.json")
+    reader = source.open(file)
+    target = bytearray(file.num_bytes)
+    reader.read(0, memoryview(target))
+    reader.close()
+    assert target == (tmp_path / "config.json").read_bytes()
+    (tmp_path / "config.json").write_text("other")
+    with pytest.raises(CheckpointError):
+        source.open(file)
