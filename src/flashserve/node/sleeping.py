@@ -7,7 +7,6 @@ addresses where the device can keep them, and so its graphs.
 from __future__ import annotations
 
 import enum
-import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -20,8 +19,6 @@ from flashserve.store.loadplan import Copy, Placement, lay_out, plan_copies
 from flashserve.store.regions import RegisteredArena
 from flashserve.store.slices import Part
 from flashserve.types import TensorSlice
-
-_log = logging.getLogger(__name__)
 
 
 class ResidenceState(enum.Enum):

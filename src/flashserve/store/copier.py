@@ -117,7 +117,9 @@ class _HostRegion:
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
-        self._memory: mmap.mmap | None = mmap.mmap(-1, max(num_bytes, 1))
+        self._memory: mmap.mmap | None = mmap.mmap(
+            -1, max(num_bytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )
         self.bytes = torch.from_numpy(np.frombuffer(self._memory, np.uint8))[:num_bytes]
 
     def map(self) -> None:

@@ -1,0 +1,125 @@
+import dataclasses
+
+import pytest
+import torch
+from tests.unit.store.fake_device import FakeArena, FakeDevice
+from torch import nn
+
+from flashserve.engine.selfcheck import CheckKey, SelfCheck
+from flashserve.errors import CheckpointError, ConflictError, SelfCheckError, UnavailableError
+from flashserve.node.residents import Residents
+from flashserve.store.regions import RegisteredArena
+from flashserve.types import TensorSlice
+
+torch.set_num_threads(1)
+
+WEIGHT = TensorSlice("weight", "F32", (8, 8), 64, 256)
+KEY = CheckKey("checkpoint", "device", "torch.float32", "libraries")
+
+
+class Worker:
+    """A worker with one linear layer that any arena offset can hold."""
+
+    def __init__(self, **fail_at: int) -> None:
+        self.arena = FakeArena(4096)
+        self.put(WEIGHT)
+        self.device = FakeDevice(**fail_at)
+        registered = RegisteredArena(self.device, self.arena.address, self.arena.num_bytes)
+        self.residents = Residents(self.device, registered)
+        self.num_built = 0
+
+    def put(self, tensor: TensorSlice) -> None:
+        values = torch.arange(64, dtype=torch.float32) / 64
+        begin = tensor.offset
+        self.arena.bytes[begin : begin + 256] = values.view(torch.uint8).numpy()
+
+    def build(self) -> nn.Module:
+        self.num_built += 1
+        return nn.Linear(8, 8, bias=False)
+
+    def take(self, key: str = "a", tensor: TensorSlice = WEIGHT) -> nn.Module:
+        resident = self.residents.take(key, [tensor], [["weight"]], self.build)
+        resident.residence.load()
+        return resident.model
+
+    def verify(self, check: SelfCheck) -> bool:
+        return self.residents.verify(check, logits)
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.linspace(0, 1, 8))
+
+
+def test_the_model_that_slept_wakes_without_being_built_again():
+    worker = Worker()
+    first = worker.take()
+    worker.device.synchronize()
+    expected, address = first.weight.clone(), first.weight.data_ptr()
+    assert worker.residents.sleep() == worker.device.regions[0].num_bytes
+    assert (worker.residents.asleep, worker.device.mapped_bytes) == ("a", 0)
+    there = dataclasses.replace(WEIGHT, offset=1024)
+    worker.put(there)
+    worker.put(WEIGHT)
+    assert worker.take(tensor=there) is first
+    worker.device.synchronize()
+    assert (worker.num_built, first.weight.data_ptr()) == (1, address)
+    assert torch.equal(first.weight, expected)
+
+
+def test_another_model_takes_the_place_of_the_one_that_slept():
+    worker = Worker()
+    first = worker.take("a")
+    worker.residents.sleep()
+    assert worker.take("b") is not first
+    assert (worker.num_built, len(worker.device.regions)) == (2, 1)
+
+
+def test_an_awake_model_is_not_replaced():
+    worker = Worker()
+    worker.take()
+    with pytest.raises(ConflictError):
+        worker.take()
+
+
+def test_a_wake_that_computes_something_else_is_told_and_the_model_loaded_anew(tmp_path):
+    worker, check = Worker(), SelfCheck(tmp_path, KEY)
+    model = worker.take()
+    assert not worker.verify(check)  # the first one makes the reference
+    worker.residents.sleep()
+    worker.take()
+    assert worker.verify(check)
+    worker.residents.sleep()
+    worker.arena.bytes[70] ^= 0x7F
+    worker.take()
+    with pytest.raises(SelfCheckError, match="the weights on the device are not those"):
+        worker.verify(check)
+    assert (worker.device.regions, worker.device.mapped_bytes) == ([], 0)
+    worker.arena.bytes[70] ^= 0x7F
+    assert worker.take() is not model
+    assert worker.verify(check)
+    assert worker.num_built == 2
+
+
+def test_a_model_that_cannot_wake_is_loaded_anew():
+    worker = Worker(map=1)
+    worker.take()
+    worker.residents.sleep()
+    worker.take()
+    assert (worker.num_built, len(worker.device.regions)) == (2, 1)
+
+
+@pytest.mark.parametrize("failing", ["map", "build"])
+def test_a_load_that_fails_leaves_nothing(failing, monkeypatch):
+    worker = Worker(**({"map": 0} if failing == "map" else {}))
+    if failing == "build":
+
+        def build() -> nn.Module:
+            raise CheckpointError("no such weights")
+
+        monkeypatch.setattr(worker, "build", build)
+    with pytest.raises((UnavailableError, CheckpointError)):
+        worker.take()
+    assert worker.device.regions == []
+    assert worker.residents.asleep is None
+    assert worker.residents.sleep() == 0
