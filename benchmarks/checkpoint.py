@@ -80,7 +80,7 @@ class Shape:
 
 FULL = Shape(hidden=2048, intermediate=8192, layers=20, heads=32, kv_heads=8)  # 2.47 GB
 QUICK = Shape(hidden=1024, intermediate=4096, layers=15, heads=16, kv_heads=8)  # 0.49 GB
-TINY = Shape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2)  # 1.2 MB, for tests
+TINY = Shape(hidden=64, intermediate=512, layers=6, heads=4, kv_heads=2)  # 2.4 MB, for tests
 
 
 def write(directory: pathlib.Path, shape: Shape, seed: int, num_shards: int = 1) -> dict[str, str]:

@@ -25,7 +25,8 @@ class LoadFailedError(Exception):
 class Nursery:
     """One load at a time. Made by `nursery`."""
 
-    def __init__(self, link: socket.socket, directory: pathlib.Path) -> None:
+    def __init__(self, pid: int, link: socket.socket, directory: pathlib.Path) -> None:
+        self.pid = pid
         self._link = link
         self._directory = directory
 
@@ -100,7 +101,7 @@ def nursery(
             raise SystemExit(
                 (directory / "log").read_text() or "the loaders' process did not start"
             )
-        yield Nursery(ours, directory)
+        yield Nursery(process.pid, ours, directory)
     finally:
         ours.close()
         process.terminate()
