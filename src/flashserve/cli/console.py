@@ -114,6 +114,38 @@ def steps(doing: str) -> Iterator[Callable[[str], None]]:
         yield lambda step: progress.update(task, description=f"{doing}: {step}")
 
 
+@contextlib.contextmanager
+def progressing(doing: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows how far work is, in bytes: a bar on a terminal, elsewhere a line for each tenth.
+
+    Yields what is to be told bytes done and bytes in all, by one thread at a time.
+    """
+    console = rich.console.Console(stderr=True, highlight=False)
+    if console.is_terminal:
+        with rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(bar_width=30),
+            rich.progress.DownloadColumn(binary_units=True),
+            rich.progress.TransferSpeedColumn(),
+            rich.progress.TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        ) as progress:
+            task = progress.add_task(doing, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+        return
+    shown = 0
+
+    def tell(done: int, total: int) -> None:
+        nonlocal shown
+        tenth = 10 * done // total if total else 10
+        if tenth > shown:
+            shown = tenth
+            sys.stderr.write(f"{doing}: {human_bytes(done)} of {human_bytes(total)}\n")
+
+    yield tell
+
+
 def _remind(doing: str, done: threading.Event) -> None:
     started = time.monotonic()
     while not done.wait(_REMINDER_S):

@@ -16,6 +16,7 @@ import typer
 
 from flashserve.cli.calibrate import calibrate
 from flashserve.cli.config import config
+from flashserve.cli.fsck import fsck
 from flashserve.cli.generate import run
 from flashserve.cli.models import delete, deploy, evict, ps, stage
 from flashserve.cli.serve import serve
@@ -36,6 +37,7 @@ EXAMPLES: dict[Callable[..., None], list[str]] = {
     evict: ["flashserve evict smollm2 --tier dram"],
     delete: ["flashserve delete smollm2"],
     calibrate: ["flashserve calibrate", "flashserve calibrate --source s3://bucket/model"],
+    fsck: ["flashserve fsck", "flashserve fsck --data-dir /srv/flashserve --no-repair --json"],
     config: ["flashserve config", "FLASHSERVE_NODE__NUM_WORKERS=1 flashserve config --json"],
 }
 """Every command, in the order of `flashserve --help`, with the examples of its own --help."""

@@ -41,22 +41,21 @@ def share(index: DiskIndex, entry: Entry, name: str, digest: str) -> None:
             raise
 
 
-def replace(index: DiskIndex, entry: Entry, name: str, fresh: str) -> None:
+def replace(index: DiskIndex, entry: Entry, stored: Stored, name: str, fresh: str) -> None:
     """Puts the file `fresh` of a checkpoint's directory in the place of its file `name`, and of
     everything that shared the old one. Cut off by a crash, it leaves the rest to the next repair.
 
     Raises:
         OSError: the disk is full or fails.
     """
-    assert entry.stored is not None
     blobs = index.folder(BLOBS)
-    digest = entry.stored.digests.get(name)
+    digest = stored.digests.get(name)
     with index.open(entry.area, entry.key) as folder:
         old = folder.facts(name)
         if old is not None:
-            for other, stored in index.checkpoints():
+            for other, others in index.checkpoints():
                 with index.open(other.area, other.key) as shared:
-                    for each in stored.checksums:
+                    for each in others.checksums:
                         facts = shared.facts(each)
                         if facts is not None and facts.st_ino == old.st_ino:
                             folder.link(fresh, shared, each)
@@ -67,9 +66,9 @@ def replace(index: DiskIndex, entry: Entry, name: str, fresh: str) -> None:
         folder.rename(fresh, folder, name)
         folder.remove(fresh)
         folder.sync()
-    for other, stored in index.checkpoints():
+    for other, others in index.checkpoints():
         with contextlib.suppress(CheckpointError):  # damaged as well, and found in its turn
-            index.refresh(other, stored)
+            index.refresh(other, others)
 
 
 def remove_strays(index: DiskIndex) -> list[str]:

@@ -19,11 +19,19 @@ import re
 import secrets
 import stat
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from flashserve.errors import CheckpointError, ConflictError
+from flashserve.store.contents import (
+    check_files,
+    has_chunks,
+    is_own,
+    relocated,
+    remove_strangers,
+    settle,
+)
 from flashserve.store.folder import Folder, is_temporary
-from flashserve.store.incoming import check_files, is_own, relocated, remove_strangers, settle
 from flashserve.store.manifest import MANIFEST, Stored, read_manifest
 
 CHECKPOINTS = "checkpoints"
@@ -62,6 +70,7 @@ class DiskIndex:
             OSError: the disk fails.
         """
         self.problems: list[str] = []
+        self.removed: list[str] = []
         self.entries: dict[tuple[str, str], Entry] = {}
         self._folders: dict[str, Folder] = {}
         self._root = Folder.make_root(root)
@@ -105,6 +114,7 @@ class DiskIndex:
         with source.child(key) as folder:
             inodes = check_files(folder, stored)
             folder.touch(MANIFEST, last_used)
+        self._clear(CHECKPOINTS, key)
         source.rename(key, target, key)
         target.sync()
         source.sync()
@@ -121,6 +131,36 @@ class DiskIndex:
                     # A part has its final length from the start, and holes where bytes will be.
                     inodes[facts.st_ino] = min(facts.st_size, facts.st_blocks * _BLOCK_BYTES)
         self.entries[area, key] = Entry(area, key, inodes, last_used)
+
+    def restore(self, entry: Entry, stored: Stored) -> None:
+        """Moves a checkpoint that was put aside, and is good again, back to where it is found."""
+        target = self._folders[CHECKPOINTS]
+        self._folders[entry.area].rename(entry.key, target, entry.key)
+        target.sync()
+        del self.entries[entry.area, entry.key]
+        with target.child(entry.key) as folder:
+            inodes = check_files(folder, stored)
+        stored = relocated(stored, target.path / entry.key)
+        restored = Entry(CHECKPOINTS, entry.key, inodes, entry.last_used, stored)
+        self.entries[CHECKPOINTS, entry.key] = restored
+
+    def quarantined(self) -> Iterator[tuple[Entry, Stored | None]]:
+        """What was put aside; None where there is no manifest to put it right by."""
+        for entry in [each for each in self.entries.values() if each.area == QUARANTINE]:
+            with self.open(QUARANTINE, entry.key) as folder:
+                try:
+                    yield entry, read_manifest(folder, folder.path, entry.key)
+                except CheckpointError:
+                    yield entry, None
+
+    def empty_leftovers(self) -> list[Entry]:
+        """Places of interrupted fetches in which nothing is worth resuming."""
+        found = []
+        for entry in [each for each in self.entries.values() if each.area == INCOMING]:
+            with self.open(INCOMING, entry.key) as folder:
+                if not has_chunks(folder):
+                    found.append(entry)
+        return found
 
     def quarantine(self, entry: Entry) -> None:
         """Moves a damaged checkpoint out of sight."""
@@ -164,7 +204,7 @@ class DiskIndex:
                 facts = self._folders[area].facts(name)
                 if facts is None or not (_KEY.fullmatch(name) and stat.S_ISDIR(facts.st_mode)):
                     self._folders[area].remove_any(name)
-                    self.problems.append(f"{self._folders[area].path / name} was not of the store")
+                    self.removed.append(str(self._folders[area].path / name))
                 elif area == CHECKPOINTS:
                     self._enter_checkpoint(name)
                 else:
@@ -205,7 +245,6 @@ class DiskIndex:
                 folder.remove_any(MANIFEST)
                 return
         del self.entries[INCOMING, entry.key]
-        self._clear(CHECKPOINTS, entry.key)
         self.publish(entry.key, stored, entry.last_used)
 
     def _clear(self, area: str, key: str) -> None:

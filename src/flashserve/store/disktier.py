@@ -18,6 +18,7 @@ from pathlib import Path
 
 from flashserve.errors import CheckpointError, ConflictError, InternalError, UnavailableError
 from flashserve.store import blobs
+from flashserve.store.contents import check_files
 from flashserve.store.diskindex import (
     CHECKPOINTS,
     INCOMING,
@@ -27,7 +28,7 @@ from flashserve.store.diskindex import (
     Entry,
 )
 from flashserve.store.folder import disk_errors
-from flashserve.store.incoming import Incoming, check_files
+from flashserve.store.incoming import Incoming
 from flashserve.store.known import KnownChecksums
 from flashserve.store.listing import Listing
 from flashserve.store.manifest import (
@@ -73,14 +74,14 @@ class DiskTier:
             self.index = DiskIndex(root)
             try:
                 self.known = KnownChecksums(self.index.folder(KNOWN))
-                blobs.remove_strays(self.index)
+                self.index.removed += blobs.remove_strays(self.index)
             except BaseException:
                 self.index.close()
                 raise
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What was found damaged or out of place, and put aside, since the tier was opened."""
+        """What was found damaged, and put aside, since the tier was opened."""
         with self._lock:
             return tuple(self.index.problems)
 
@@ -180,16 +181,6 @@ class DiskTier:
                 folder.touch(MANIFEST, entry.last_used)
             self.index.refresh(entry, stored)
 
-    def replace(self, identity: str, name: str, fresh: str) -> None:
-        """Puts the file `fresh` of a checkpoint's directory in the place of its file `name`, and
-        of everything that shared the old one.
-        """
-        with self._lock, disk_errors(self.root):
-            entry = self.index.checkpoint(key_of(identity))
-            if entry is None or entry.stored is None:
-                raise ConflictError("the checkpoint is no longer on disk")
-            blobs.replace(self.index, entry, name, fresh)
-
     def remember(self, identity: str, checksums: tuple[int, ...]) -> None:
         """Keeps the chunk checksums of a file that lies elsewhere; the oldest go in the end."""
         self.known.remember(identity, checksums)
@@ -278,6 +269,8 @@ class DiskTier:
         with self._lock:
             stored = self.index.publish(key, stored, self._clock())
             del self._held[key]
+            if damaged := self.index.entries.get((QUARANTINE, key)):
+                self._discard(damaged)
             return stored
 
     def _release(self, key: str, *, keep: bool) -> None:

@@ -1,25 +1,25 @@
 """A checkpoint on its way to disk: out of sight until it is whole, and resumable until then.
 
 Beside the files, in `incoming/KEY`, lie `.NAME.part` (chunks as they come) and `.NAME.journal`
-(which of them are there). `settle` is the last step, and goes on where a crash cut it off.
+(which of them are there). `contents.settle` is the last step, and goes on where a crash cut it off.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import xxhash
 
 from flashserve.errors import CheckpointError, ConflictError, InternalError
 from flashserve.store.chunks import chunk_bytes, good_chunks, pread_chunk, pwrite_chunk
+from flashserve.store.contents import journal_name, part_name, settle
 from flashserve.store.folder import Folder, disk_errors
 from flashserve.store.journal import Journal
 from flashserve.store.listing import CHUNK_BYTES, Listing, SourceFile
-from flashserve.store.manifest import MANIFEST, Stored, write_manifest
+from flashserve.store.manifest import Stored, write_manifest
 
 _SYNC_BYTES = 256 << 20
 """So many bytes of a file may wait in the page cache before they are sent to the disk."""
@@ -75,7 +75,7 @@ class Incoming:
             self._check_open()
             if old := self._parts.pop(name, None):
                 old.close()
-            for leftover in (_part(name), _journal(name)):
+            for leftover in (part_name(name), journal_name(name)):
                 self._folder.remove(leftover)
             self._folder.write(name, data, sync=False)
             part = self._part(name)
@@ -206,10 +206,10 @@ class _Part:
 
     def __init__(self, folder: Folder, file: SourceFile) -> None:
         is_put = folder.facts(file.name) is not None
-        name = file.name if is_put else _part(file.name)
+        name = file.name if is_put else part_name(file.name)
         self.fd = folder.open(name, os.O_RDWR | (0 if is_put else os.O_CREAT))
         try:
-            self._journal = Journal(folder, _journal(file.name), file.identity, file.num_chunks)
+            self._journal = Journal(folder, journal_name(file.name), file.identity, file.num_chunks)
         except BaseException:
             os.close(self.fd)
             raise
@@ -239,77 +239,3 @@ class _Part:
     def close(self) -> None:
         self._journal.close()
         os.close(self.fd)
-
-
-def settle(folder: Folder, stored: Stored) -> None:
-    """Leaves in `folder` just the files and their manifest, which is written already; durable.
-
-    Raises:
-        CheckpointError: a file is missing or has another length.
-        OSError: the disk fails.
-    """
-    for file in stored.listing.files:
-        if folder.facts(file.name) is None and folder.facts(_part(file.name)) is not None:
-            folder.rename(_part(file.name), folder, file.name)
-    check_files(folder, stored)
-    remove_strangers(folder, stored)
-    folder.sync()
-
-
-def check_files(folder: Folder, stored: Stored) -> dict[int, int]:
-    """Bytes by inode of the files of a whole checkpoint.
-
-    Raises:
-        CheckpointError: a file is missing, is a link, or has another length.
-        OSError: the disk fails.
-    """
-    inodes = {}
-    for file in stored.listing.files:
-        fd = -1
-        try:
-            fd = folder.open(file.name, os.O_RDONLY)
-            facts = os.fstat(fd)
-        except OSError as error:
-            reason = error.strerror
-            raise CheckpointError(f"{folder.path / file.name} cannot be used: {reason}") from None
-        finally:
-            if fd >= 0:
-                os.close(fd)
-        if facts.st_size != file.num_bytes:
-            raise CheckpointError(
-                f"{folder.path / file.name} has {facts.st_size} bytes instead of {file.num_bytes}"
-            )
-        inodes[facts.st_ino] = facts.st_size
-    return inodes
-
-
-def remove_strangers(folder: Folder, stored: Stored) -> list[str]:
-    """Removes whatever does not belong into a whole checkpoint's directory; their names."""
-    known: Mapping[str, object] = stored.checksums
-    strangers = [name for name in folder.names() if name not in known and name != MANIFEST]
-    for name in strangers:
-        folder.remove_any(name)
-    return strangers
-
-
-def is_own(name: str) -> bool:
-    """Is it a small file of ours, which no budget counts?"""
-    return name == MANIFEST or (name.startswith(".") and name.endswith(".journal"))
-
-
-def has_chunks(folder: Folder) -> bool:
-    """Is there anything in the place of an interrupted fetch that is worth resuming?"""
-    journals = [name for name in folder.names() if name.endswith(".journal")]
-    return any((facts := folder.facts(name)) and facts.st_size for name in journals)
-
-
-def relocated(stored: Stored, directory: Path) -> Stored:
-    return dataclasses.replace(stored, directory=directory)
-
-
-def _part(name: str) -> str:
-    return f".{name}.part"
-
-
-def _journal(name: str) -> str:
-    return f".{name}.journal"
