@@ -46,8 +46,8 @@ def test_a_missing_directory_is_named(server: Server, tmp_path: Path) -> None:
     assert str(missing) in error_line(done.stderr)
 
 
-@pytest.mark.parametrize("source", ["s3://bucket/prefix", "hf://org/name", "gopher://x"])
-def test_a_source_that_is_not_there_yet_is_refused(server: Server, source: str) -> None:
+@pytest.mark.parametrize("source", ["s3://bucket/../x", "hf://org/name/x", "gopher://x"])
+def test_an_address_that_names_no_source_is_refused(server: Server, source: str) -> None:
     done = server.cli("deploy", "bad", source)
     assert done.returncode == 1
     assert source.split(":", maxsplit=1)[0] in error_line(done.stderr)
