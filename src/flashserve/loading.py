@@ -54,7 +54,9 @@ def load_model(
     """
     from flashserve.pretrained import build
 
-    return build(_open(source, data_dir), dtype)
+    mapped = _open(source, data_dir)
+    name = os.fspath(source)
+    return build(mapped, name if _is_directory(name) else mapped.grant.directory, dtype)
 
 
 @contextlib.contextmanager
@@ -81,7 +83,7 @@ def _open(source: str | os.PathLike[str], data_dir: str | os.PathLike[str] | Non
     overrides = {} if data_dir is None else {"data_dir": Path(data_dir)}
     settings = load_settings(**overrides)
     name = os.fspath(source)
-    is_directory = scheme_of(name) is None and Path(name).is_dir()
+    is_directory = _is_directory(name)
     uri = str(Path(name).absolute()) if is_directory else name
     if handed := fetch(socket_path(settings.data_dir), uri):
         return MappedModel(*handed)
@@ -96,3 +98,7 @@ def _open(source: str | os.PathLike[str], data_dir: str | os.PathLike[str] | Non
     finally:
         store.close()
     return MappedModel(copy, None)
+
+
+def _is_directory(name: str) -> bool:
+    return bool(name) and scheme_of(name) is None and Path(name).is_dir()

@@ -36,11 +36,16 @@ _DTYPES = {
 }
 
 
-def build(mapped: MappedModel, dtype: torch.dtype | str | None) -> PreTrainedModel:
+def build(mapped: MappedModel, name: str, dtype: torch.dtype | str | None) -> PreTrainedModel:
     """The model of a checkpoint; weights that need no conversion stay where they are mapped.
 
     transformers' loader does the work, so that what it converts, ties, keeps in float32 or fuses
     is here as it is there; it is given tensors instead of files.
+
+    Args:
+        mapped: the checkpoint.
+        name: what the model is to say it came from; others find its tokenizer there.
+        dtype: as transformers takes it; None is "auto".
 
     Raises:
         CheckpointError: the checkpoint lacks a weight, or has one of another shape.
@@ -55,9 +60,10 @@ def build(mapped: MappedModel, dtype: torch.dtype | str | None) -> PreTrainedMod
             config=config,
             state_dict={entry.name: as_tensor(entry, mapped.memory) for entry in grant.tensors},
             dtype="auto" if dtype is None else dtype,
-            generation_config=_generation_config(grant),
             output_loading_info=True,
         )
+        if model.can_generate():
+            model.generation_config = _generation_config(grant)
     except (CheckpointError, UnsupportedModelError, MemoryError):
         raise
     except Exception as error:  # whatever transformers' code makes of what is no model
@@ -68,7 +74,7 @@ def build(mapped: MappedModel, dtype: torch.dtype | str | None) -> PreTrainedMod
         raise CheckpointError(
             f"{grant.uri} lacks tensor {shown(missing[0])}, which its config needs"
         )
-    model.config.name_or_path = model.name_or_path = grant.directory
+    model.config.name_or_path = model.name_or_path = name
     ready: PreTrainedModel = model
     return ready
 
@@ -122,9 +128,13 @@ def _model_class(config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
     return model_class, config
 
 
-def _generation_config(grant: HandoutGrant) -> GenerationConfig | None:
-    """None lets the model derive it from its config."""
-    if not grant.generation_config:
-        return None
-    parsed: GenerationConfig = GenerationConfig.from_dict(grant.generation_config)
+def _generation_config(grant: HandoutGrant) -> GenerationConfig:
+    """What generation_config.json says, else what config.json does."""
+    parsed: GenerationConfig
+    if grant.generation_config:
+        parsed = GenerationConfig.from_dict(dict(grant.generation_config))
+        # As loaded from a file: a published one that is not quite valid may be saved again.
+        parsed._original_object_hash = hash(parsed)  # noqa: SLF001
+    else:
+        parsed = GenerationConfig.from_model_config(dict(grant.config))
     return parsed

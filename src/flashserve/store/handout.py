@@ -8,6 +8,7 @@ the client does, and the memory goes with the last of them.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import os
@@ -15,6 +16,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import structlog
 
@@ -41,9 +43,11 @@ _ANSWER_TIMEOUT_S = 30.0
 _PAUSE_S = 0.1
 _RECV_BYTES = 16 << 10
 _MAX_CLIENTS = 256
+_NUM_THREADS = 4
 CREDENTIALS = struct.Struct("iII")
 """struct ucred: process, user, group."""
 
+T = TypeVar("T")
 _Models = Mapping[ModelId, ModelSpec]
 _log = structlog.get_logger()
 
@@ -81,6 +85,8 @@ class Handout:
         self._max_bytes = max_bytes
         # By the identity of the content; an entry goes with its last user.
         self._shared: dict[str, _Shared] = {}
+        # Reading may take minutes, in threads that nobody else waits for.
+        self._executor = concurrent.futures.ThreadPoolExecutor(_NUM_THREADS, "handout")
         self._accepting: asyncio.Task[None] | None = None
         self._clients: set[asyncio.Task[None]] = set()
         self._making: set[asyncio.Task[ModelCopy]] = set()
@@ -106,6 +112,10 @@ class Handout:
         for store in tuple(self._reading):
             await asyncio.to_thread(store.close)
         await asyncio.gather(*tasks, *self._making, return_exceptions=True)
+        self._executor.shutdown()
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
@@ -145,7 +155,7 @@ class Handout:
         if len(self._clients) > _MAX_CLIENTS:
             raise UnavailableError(f"{_MAX_CLIENTS} other processes have models of this node")
         models = self._models()
-        snapshot = await asyncio.to_thread(self._inspect, source, models)
+        snapshot = await self._run(lambda: self._inspect(source, models))
         shared = self._shared.get(snapshot.identity)
         if shared is None:
             self._check_room(snapshot)
@@ -187,7 +197,7 @@ class Handout:
 
     async def _make(self, snapshot: Snapshot, models: _Models) -> ModelCopy:
         try:
-            return await asyncio.to_thread(self._make_in_thread, snapshot, models)
+            return await self._run(lambda: self._make_in_thread(snapshot, models))
         except FlashServeError:
             raise
         except Exception as error:
