@@ -33,6 +33,8 @@ class Choice:
             params = dataclasses.replace(params, seed=params.seed + index)
         self.index = index
         self.is_finished = False
+        self.num_cached = 0
+        """Tokens of the prompt that its first token did not have to compute."""
         self._request_id = request_id
         self._prompt_ids = prompt_ids
         self._params = params
@@ -58,6 +60,13 @@ class Choice:
             emitted_ids=tuple(self._emitted_ids),
             reuse_prefix=self._reuse_prefix,
         )
+
+    def began(self, num_reused: int) -> None:
+        """A replica has begun, with so many tokens cached: those of the prompt, and of what was
+        emitted before, which count for nobody.
+        """
+        if not self._emitted_ids:
+            self.num_cached = min(num_reused, len(self._prompt_ids))
 
     def push(self, tokens: Sequence[TokenOutput]) -> TextChunk:
         """The chunk that these tokens make. Those after a completed stop string do not count.

@@ -17,6 +17,7 @@ from flashserve.live.runtime import Runtime
 from flashserve.live.timing import Stopwatch
 from flashserve.messages.commands import Dispatch, Hold, Reject, RequestCommand
 from flashserve.messages.events import RequestArrived, RequestFinished
+from flashserve.messages.work import TokenBatch
 from flashserve.types import ModelId, Phases, RequestId
 
 _MAX_BUFFERED = 1024
@@ -73,9 +74,12 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        """The prompt counts once, whatever the number of choices and of lost replicas."""
+        """The prompt counts once, whatever the number of choices and of lost replicas; of it is
+        cached what no choice had to compute.
+        """
         completion_tokens = sum(choice.num_tokens for choice in self._choices)
-        return Usage(self._num_prompt_tokens, completion_tokens)
+        cached = [choice.num_cached for choice in self._choices if choice.num_tokens]
+        return Usage(self._num_prompt_tokens, completion_tokens, min(cached, default=0))
 
     async def start(self, deadline_s: float | None) -> None:
         """Tell the controller, and begin once it has admitted the request.
@@ -194,16 +198,18 @@ class Generation:
                 async for batch in batches:
                     if batch.added_at is not None:
                         self._stopwatch.added(batch.added_at)
+                        choice.began(batch.num_reused)
                     if batch.tokens:
-                        await self._emit(choice.push(batch.tokens), batch.tokens[0].emitted_at)
+                        await self._emit(choice.push(batch.tokens), batch)
                     if choice.is_finished:
                         return None
         except ReplicaError as loss:
             return loss
         raise InternalError(f"the replica ended request {self.request_id} without a last token")
 
-    async def _emit(self, chunk: TextChunk, first_emitted_at: float) -> None:
-        self._stopwatch.token(first_emitted_at, self._runtime.clock.now())
+    async def _emit(self, chunk: TextChunk, batch: TokenBatch) -> None:
+        first_emitted_at = batch.tokens[0].emitted_at
+        self._stopwatch.token(first_emitted_at, self._runtime.clock.now(), batch.waited_s)
         await self._buffer.put(chunk)
 
 

@@ -79,13 +79,26 @@ class Stopwatch:
             waited_s = self._dispatched_at - self._arrived_at
             self.receipt.gateway_in_s = max(at - self._received_at - waited_s, 0.0)
 
-    def token(self, emitted_at: float, at: float) -> None:
-        """Tokens that a worker knew at `emitted_at` are here `at`; the first ones count."""
-        if self._first_token_at is None:
-            self._first_token_at = emitted_at
-            self.receipt.ttft_s = at - self._received_at
-            prefill_s = max(emitted_at - self._dispatched_at, 0.0)
-            self.receipt.actual = dataclasses.replace(self.receipt.actual, prefill_s=prefill_s)
+    def token(self, emitted_at: float, at: float, waited_s: float = 0.0) -> None:
+        """Tokens that a worker knew at `emitted_at` are here `at`; the first ones count.
+
+        Args:
+            waited_s: how long the replica, dispatched to before all weights were there, waited
+                for them. That is a part of the cold start, not of the prefill.
+        """
+        if self._first_token_at is not None:
+            return
+        self._first_token_at = emitted_at
+        self.receipt.ttft_s = at - self._received_at
+        since_dispatch_s = max(emitted_at - self._dispatched_at, 0.0)
+        waited_s = min(max(waited_s, 0.0), since_dispatch_s)
+        actual = self.receipt.actual
+        if self.receipt.tier is Tier.REMOTE:
+            actual = dataclasses.replace(actual, fetch_s=actual.fetch_s + waited_s)
+        else:
+            actual = dataclasses.replace(actual, dram_s=actual.dram_s + waited_s)
+        self.receipt.actual = dataclasses.replace(actual, prefill_s=since_dispatch_s - waited_s)
+        self.receipt.cold = self.receipt.cold or waited_s > 0
 
     def finished(self, at: float) -> None:
         self.receipt.total_s = at - self._received_at

@@ -53,6 +53,7 @@ class FakeNode:
     def __init__(self, num_workers: int = 1, dram_bytes: int = 1 << 30, *, obeys: bool = True):
         self.spec = NodeSpec(NODE, 1, num_workers, dram_bytes)
         self.answer = "hello world"
+        self.num_reused = 0
         self.obeys = obeys
         self.commands: list[NodeCommand] = []
         self.jobs: list[GenerateJob] = []
@@ -122,8 +123,11 @@ class FakeNode:
         try:
             for token in self._tokens(job.params)[len(job.emitted_ids) :]:
                 await self._next_token(lost)
+                now = time.monotonic()
                 yield TokenBatch(
-                    (dataclasses.replace(token, emitted_at=time.monotonic()),), added_at
+                    (dataclasses.replace(token, emitted_at=now),),
+                    added_at,
+                    num_reused=self.num_reused if added_at is not None else 0,
                 )
                 added_at = None
         finally:

@@ -177,6 +177,23 @@ def test_several_choices_run_side_by_side_and_the_prompt_counts_once(tmp_path: P
     play(tmp_path, scenario)
 
 
+def test_what_the_cache_had_of_a_prompt_is_in_the_usage(tmp_path: Path) -> None:
+    async def scenario(rig: Rig) -> None:
+        assert (await rig.generate())[0].usage.cached_tokens == 0
+        rig.node.num_reused = 1
+        generation = await rig.service.submit(request())
+        await anext(generation)
+        rig.node.num_reused = 50  # the replica that goes on has the emitted tokens, too
+        rig.node.lose(M)
+        async for _ in generation:
+            pass
+        assert generation.receipt.resumed == 1
+        assert generation.usage.cached_tokens == 1
+        assert (await rig.generate())[0].usage.cached_tokens == 2
+
+    play(tmp_path, scenario)
+
+
 def test_chat_without_a_limit_may_fill_the_context(tmp_path: Path) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.generate(max_tokens_given=False)
