@@ -63,10 +63,10 @@ class HfSource:
             SourceError: the hub does not have it, or neither hub nor cache can be reached.
             CheckpointError: the repository is no checkpoint.
         """
-        import huggingface_hub
+        from huggingface_hub import constants
 
         self._remote, self._cached = frozenset(), None
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
+        if constants.HF_HUB_OFFLINE:
             return self._cached_listing("HF_HUB_OFFLINE is set")
         try:
             info = _ask(self._repo, self._revision)
@@ -187,6 +187,6 @@ def _holds(snapshot: Path, files: tuple[SourceFile, ...]) -> bool:
 
 
 def _endpoint() -> str:
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    return huggingface_hub.constants.ENDPOINT
+    return constants.ENDPOINT
