@@ -13,12 +13,13 @@ import dataclasses
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from flashserve.errors import CheckpointError, ConflictError, InternalError, UnavailableError
+from flashserve.errors import CheckpointError, ConflictError, InternalError
 from flashserve.store import blobs
 from flashserve.store.contents import check_files
+from flashserve.store.diskbudget import DiskUsage, age, bytes_of, choose_victims
 from flashserve.store.diskindex import (
     CHECKPOINTS,
     INCOMING,
@@ -40,15 +41,6 @@ from flashserve.store.manifest import (
     listed_bytes,
     write_manifest,
 )
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class DiskUsage:
-    """Bytes: used + free == total, unless the budget was lowered below what is used."""
-
-    total: int
-    used: int
-    free: int
 
 
 class DiskTier:
@@ -200,7 +192,7 @@ class DiskTier:
     def checkpoints(self) -> list[Stored]:
         """All whole checkpoints, least recently used first."""
         with self._lock:
-            found = sorted(self.index.checkpoints(), key=lambda pair: _age(pair[0]))
+            found = sorted(self.index.checkpoints(), key=lambda pair: age(pair[0]))
             return [stored for _, stored in found]
 
     @contextlib.contextmanager
@@ -224,28 +216,16 @@ class DiskTier:
         return entry.stored
 
     def _make_room(self, listing: Listing, key: str) -> None:
-        num_bytes = listed_bytes(listing)
-        if num_bytes > self._budget_bytes:
-            raise UnavailableError(
-                f"{listing.uri} has {num_bytes} bytes, the disk tier is full at "
-                f"{self._budget_bytes}: raise store.disk_bytes"
-            )
-        victims = sorted(
-            (each for each in self.index.entries.values() if not self._is_pinned(each)), key=_age
-        )
-        own = self.index.entries.get((INCOMING, key))
-        staying = [each for each in self.index.entries.values() if each not in victims]
-        if self._bytes_of(staying) + num_bytes > self._budget_bytes:
-            raise UnavailableError(
-                f"the disk tier is full: {listing.uri} has {num_bytes} bytes, and of "
-                f"{self._budget_bytes} are {self._bytes_of(staying)} in use: raise store.disk_bytes"
-            )
         # What is left of an earlier fetch becomes part of the new one.
-        victims = [each for each in victims if each is not own]
-        kept = [each for each in self.index.entries.values() if each is not own]
-        while self._bytes_of(kept) + num_bytes > self._budget_bytes:
-            victim = victims.pop(0)
-            kept.remove(victim)
+        own = self.index.entries.get((INCOMING, key))
+        victims = choose_victims(
+            listing,
+            [entry for entry in self.index.entries.values() if entry is not own],
+            self._is_pinned,
+            budget_bytes=self._budget_bytes,
+            reserved_bytes=self._reserved(),
+        )
+        for victim in victims:
             self._discard(victim)
 
     def _open_incoming(self, listing: Listing, key: str) -> Incoming:
@@ -298,17 +278,7 @@ class DiskTier:
         return entry.area == CHECKPOINTS and bool(self._pins[entry.key])
 
     def _used(self) -> int:
-        return self._bytes_of(self.index.entries.values())
+        return bytes_of(self.index.entries.values()) + self._reserved()
 
-    def _bytes_of(self, entries: Iterable[Entry]) -> int:
-        """Bytes of these entries, each file once, and of everything that is being written."""
-        inodes: dict[int, int] = {}
-        for entry in entries:
-            inodes |= entry.inodes
-        return sum(inodes.values()) + sum(
-            listed_bytes(incoming.listing) for incoming in self._held.values()
-        )
-
-
-def _age(entry: Entry) -> tuple[float, str]:
-    return entry.last_used, entry.key
+    def _reserved(self) -> int:
+        return sum(listed_bytes(incoming.listing) for incoming in self._held.values())

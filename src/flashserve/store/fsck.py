@@ -5,17 +5,17 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-from flashserve.errors import FlashServeError
+from flashserve.errors import ConflictError, FlashServeError
 from flashserve.store import blobs
 from flashserve.store.checking import Findings, check_file, rewrite
 from flashserve.store.diskindex import INCOMING, QUARANTINE, DiskIndex, Entry
 from flashserve.store.disktier import DiskTier
 from flashserve.store.folder import disk_errors
 from flashserve.store.listing import SourceFile
-from flashserve.store.manifest import Stored
+from flashserve.store.manifest import Stored, key_of
 
 _NUM_THREADS = 4
 
@@ -94,6 +94,43 @@ def fsck(
         )
         index.empty_trash()
     return report
+
+
+def repair_file(
+    tier: DiskTier,
+    identity: str,
+    name: str,
+    damaged: Collection[int],
+    refetch: Callable[[int], bytes],
+) -> None:
+    """Writes one file of a checkpoint anew, while the tier is in use; `refetch` brings the damaged
+    chunks by index.
+
+    Raises:
+        CheckpointError: what was refetched, or the rest of the file, is not what it should be.
+        ConflictError: the checkpoint is no longer on disk.
+        UnavailableError: the disk is full or fails.
+    """
+    tier.pin(identity)
+    try:
+        with tier.exclusive() as index:
+            entry, stored = _whole(index, identity)
+            folder = index.open(entry.area, entry.key)
+            file = next(file for file in stored.listing.files if file.name == name)
+        with folder, disk_errors(tier.root):
+            fresh = rewrite(folder, stored, file, damaged, refetch)
+        with tier.exclusive() as index:
+            entry, stored = _whole(index, identity)
+            blobs.replace(index, entry, stored, name, fresh)
+    finally:
+        tier.unpin(identity)
+
+
+def _whole(index: DiskIndex, identity: str) -> tuple[Entry, Stored]:
+    entry = index.checkpoint(key_of(identity))
+    if entry is None or entry.stored is None:
+        raise ConflictError("the checkpoint is no longer on disk")
+    return entry, entry.stored
 
 
 @dataclasses.dataclass(slots=True, eq=False)

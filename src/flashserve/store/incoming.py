@@ -6,9 +6,10 @@ Beside the files, in `incoming/KEY`, lie `.NAME.part` (chunks as they come) and 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import xxhash
@@ -54,6 +55,8 @@ class Incoming:
         self._release = release
         self._set_digest = set_digest
         self._lock = threading.RLock()
+        self._idle = threading.Condition(self._lock)
+        self._num_busy = 0
         self._files = {file.name: file for file in listing.files}
         self._parts: dict[str, _Part] = {}
         self._digests: dict[str, str] = {}
@@ -89,8 +92,8 @@ class Incoming:
         Raises:
             UnavailableError: the disk fails.
         """
-        with disk_errors(self._root):
-            return dict(self._part(name).done)
+        with disk_errors(self._root), self._using(name) as part:
+            return dict(part.done)
 
     def read_chunk(self, name: str, index: int, target: memoryview) -> None:
         """Reads back a chunk that is done into `target`, which is as long as the chunk.
@@ -99,12 +102,11 @@ class Incoming:
             CheckpointError: its bytes are no longer what they were; it is not done any more.
             UnavailableError: the disk fails.
         """
-        with disk_errors(self._root):
-            part = self._part(name)
+        with disk_errors(self._root), self._using(name) as part:
             wanted = part.done.get(index)
             if pread_chunk(part.fd, index, target) and xxhash.xxh3_64_intdigest(target) == wanted:
                 return
-        part.done.pop(index, None)
+            part.done.pop(index, None)
         raise CheckpointError(f"chunk {index} of {self.directory / name} is damaged on disk")
 
     def write_chunk(self, name: str, index: int, data: memoryview, checksum: int) -> None:
@@ -116,8 +118,7 @@ class Incoming:
         file = self._file(name)
         if not 0 <= index < file.num_chunks or len(data) != chunk_bytes(file, index):
             raise InternalError(f"chunk {index} of {name} cannot have {len(data)} bytes")
-        with disk_errors(self._root):
-            part = self._part(name)
+        with disk_errors(self._root), self._using(name) as part:
             pwrite_chunk(part.fd, index, data)
             part.sync_after(len(data))
             part.vouch(index, checksum)
@@ -139,6 +140,7 @@ class Incoming:
         """
         with self._lock, disk_errors(self._root):
             self._check_open()
+            self._idle.wait_for(lambda: not self._num_busy)
             stored = Stored(
                 self.directory,
                 self.listing,
@@ -160,6 +162,8 @@ class Incoming:
         with self._lock:
             if not self._is_open:
                 return
+            self._is_open = False
+            self._idle.wait_for(lambda: not self._num_busy)
             self._end()
         self._release(keep)
 
@@ -172,6 +176,19 @@ class Incoming:
         for part in self._parts.values():
             part.close()
         self._folder.close()
+
+    @contextlib.contextmanager
+    def _using(self, name: str) -> Iterator[_Part]:
+        """Descriptors are not closed while somebody uses them: their numbers might be others'."""
+        with self._lock:
+            part = self._part(name)
+            self._num_busy += 1
+        try:
+            yield part
+        finally:
+            with self._lock:
+                self._num_busy -= 1
+                self._idle.notify_all()
 
     def _checksums(self, file: SourceFile) -> tuple[int, ...]:
         done = self._part(file.name).done

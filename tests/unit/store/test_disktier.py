@@ -1,6 +1,7 @@
 import errno
 import os
 import random
+import resource
 import stat
 import threading
 
@@ -300,6 +301,51 @@ def test_a_full_disk_says_so_and_the_fetch_can_go_on(tier, monkeypatch, number):
     assert place.complete() == tier.find("a")
 
 
+def test_a_limit_of_the_kernel_is_a_full_disk(tier):
+    place = tier.begin(listing_of(FILES))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        with pytest.raises(UnavailableError, match="the disk tier is full"):
+            write(place, FILES)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    write(place, FILES)
+    assert place.complete() == tier.find("a")
+
+
+def ask_until_ended(place) -> None:
+    while True:
+        place.done("config.json")
+
+
+def test_a_descriptor_is_not_closed_while_a_chunk_is_written(tier, monkeypatch):
+    """Its number would be another file's by the time of the write."""
+    place = tier.begin(listing_of(FILES))
+    is_writing, may_write = threading.Event(), threading.Event()
+    pwrite = os.pwrite
+
+    def slow(*arguments):
+        is_writing.set()
+        assert may_write.wait(10)
+        return pwrite(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    only = {("model.safetensors", 0)}
+    writer = threading.Thread(target=write, args=(place, FILES, only))
+    closer = threading.Thread(target=place.close)
+    writer.start()
+    assert is_writing.wait(10)
+    closer.start()
+    with pytest.raises(ConflictError, match="has ended"):
+        ask_until_ended(place)
+    assert closer.is_alive()
+    may_write.set()
+    writer.join()
+    closer.join()
+    assert set(tier.begin(listing_of(FILES)).done("model.safetensors")) == {0}
+
+
 def test_the_least_recently_used_goes_first(tier):
     for name in "abc":
         store(tier, {"m": data_of(30_000, ord(name))}, name)
@@ -345,7 +391,8 @@ def test_nothing_is_evicted_for_what_does_not_fit_anyway(tier):
         tier.begin(listing_of({"m": data_of(50_000)}, "c"))
     assert tier.find("b") is not None
     with pytest.raises(
-        UnavailableError, match=r"has 100001 bytes, .* full at 100000: raise store\.disk_bytes"
+        UnavailableError,
+        match=r"has 100001 bytes and never fits into 100000: raise store\.disk_bytes",
     ):
         tier.begin(listing_of({"m": bytes(100_001)}, "c"))
 

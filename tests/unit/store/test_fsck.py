@@ -6,10 +6,10 @@ import pytest
 import xxhash
 
 from flashserve.config import StoreSettings
-from flashserve.errors import CheckpointError, SourceError
+from flashserve.errors import CheckpointError, ConflictError, SourceError
 from flashserve.store import checking, chunks, incoming, listing, refetching
 from flashserve.store.disktier import DiskTier
-from flashserve.store.fsck import fsck
+from flashserve.store.fsck import fsck, repair_file
 from flashserve.store.listing import Listing, SourceFile
 from flashserve.store.refetching import Refetcher
 
@@ -194,6 +194,31 @@ def test_files_that_are_not_what_they_were_are_written_anew(tier, tmp_path, harm
     assert not path.is_symlink()
     assert path.read_bytes() == DATA
     assert fsck(tier).problems == ()
+
+
+def test_one_file_is_mended_while_the_tier_is_in_use(tier):
+    a = store(tier)
+    b = store(tier, {**FILES, "config.json": b"[]"}, "b")
+    flip(a.directory / "model.safetensors", 2500)
+    origin = Origin()
+    repair_file(tier, "a", "model.safetensors", {2}, lambda i: origin(a, "model.safetensors", i))
+    assert {(each.directory / "model.safetensors").read_bytes() for each in (a, b)} == {DATA}
+    assert origin.asked == [("a", "model.safetensors", 2)]
+    assert tier.usage().used == 4504
+    assert tier.evict("a") == 2
+
+
+def test_one_file_is_not_mended_with_other_bytes(tier):
+    a = store(tier)
+    flip(a.directory / "model.safetensors", 2500)
+    with pytest.raises(CheckpointError, match="another one at its source"):
+        repair_file(tier, "a", "model.safetensors", {2}, lambda _: bytes(CHUNK))
+    with pytest.raises(CheckpointError, match="changes while it is read"):
+        repair_file(tier, "a", "model.safetensors", {1}, lambda _: DATA[CHUNK : 2 * CHUNK])
+    assert names_in(a.directory) == [".manifest.json", *sorted(FILES)]
+    tier.evict("a")
+    with pytest.raises(ConflictError, match="no longer on disk"):
+        repair_file(tier, "a", "model.safetensors", {2}, lambda _: b"")
 
 
 @pytest.mark.parametrize("error", [SourceError("gone"), CheckpointError("changed")])
