@@ -84,6 +84,17 @@ class Residents:
         assert self._last is not None
         return self._last
 
+    def awake(self) -> Resident:
+        """The model that is on the device now.
+
+        Raises:
+            ConflictError: none is.
+        """
+        last = self._last
+        if last is None or last.residence.state is not ResidenceState.AWAKE:
+            raise ConflictError("no model is awake on the device")
+        return last
+
     def sleep(self) -> int:
         """Puts the awake model to sleep; how many bytes of the device that freed."""
         last = self._last
@@ -102,9 +113,7 @@ class Residents:
         Raises:
             SelfCheckError: it computes something else. It is closed: the next `take` loads it anew.
         """
-        last = self._last
-        if last is None or last.residence.state is not ResidenceState.AWAKE:
-            raise ConflictError("no model is awake on the device")
+        last = self.awake()
         last.residence.wait(last.residence.num_groups - 1)
         try:
             return check.compare(logits(last.model))
