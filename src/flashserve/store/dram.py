@@ -16,8 +16,10 @@ import fcntl
 import mmap
 import os
 import threading
+from collections.abc import Sequence
 
 from flashserve.errors import ConflictError, InputError, ModelTooLargeError, UnavailableError
+from flashserve.store.memory import Placement, place, sealed_copy
 
 EXTENT_ALIGNMENT = 2 << 20
 
@@ -79,8 +81,13 @@ class Arena:
     failed. A leased extent is neither freed nor moved.
     """
 
-    def __init__(self, num_bytes: int, *, prefault: bool = False) -> None:
+    def __init__(self, num_bytes: int, *, prefault: bool = False, huge_pages: bool = True) -> None:
         """Takes `num_bytes`, rounded down to whole 2 MiB.
+
+        Args:
+            num_bytes: the size for good.
+            prefault: take the memory from the kernel at once, in the background.
+            huge_pages: ask for huge pages where the kernel has them for shared memory.
 
         Raises:
             InputError: less than 2 MiB, or more than the kernel maps.
@@ -91,6 +98,7 @@ class Arena:
         self.fd, self._map = _create(self.num_bytes)
         self._view = memoryview(self._map)
         self._address = ctypes.addressof(ctypes.c_ubyte.from_buffer(self._view))
+        self.placement: Placement = place(self._address, self.num_bytes, huge_pages=huge_pages)
         self._lock = threading.Lock()
         # Sorted by offset. Extents do not overlap; what lies between them is free.
         self._extents: list[Extent] = []
@@ -174,6 +182,23 @@ class Arena:
             self._extents.remove(extent)
             extent.state = ExtentState.FREED
 
+    def copy_out(self, extents: Sequence[Extent]) -> int:
+        """A copy of sealed extents, one after another, for a process that is no worker.
+
+        Returns:
+            A memfd that nobody can change and only this user can open; the caller closes it.
+
+        Raises:
+            UnavailableError: the machine has no memory for it.
+        """
+        with contextlib.ExitStack() as stack:
+            pieces: list[memoryview] = []
+            for extent in extents:
+                self.lease(extent)
+                stack.callback(self.release, extent)
+                pieces.append(stack.enter_context(self.memory(extent)))
+            return sealed_copy(pieces)
+
     def close(self) -> None:
         """Ends the prefault thread, unmaps, and closes the descriptor.
 
@@ -216,6 +241,7 @@ class Arena:
 def _create(num_bytes: int) -> tuple[int, mmap.mmap]:
     fd = os.memfd_create("flashserve-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
+        os.fchmod(fd, 0o600)  # a memfd is born open to all
         os.ftruncate(fd, num_bytes)
         mapping = mmap.mmap(fd, num_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         # The mapping above stays writable; no later one, by whomever, can be.

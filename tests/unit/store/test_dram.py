@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from flashserve.errors import ConflictError, InputError, ModelTooLargeError, UnavailableError
 from flashserve.store import dram
 from flashserve.store.dram import EXTENT_ALIGNMENT, Arena, ArenaUsage, ExtentState, attach
+from flashserve.store.memory import Placement
 
 PAGE = EXTENT_ALIGNMENT
+STRIDE = PAGE // 8  # of the marks by which a test knows an extent's bytes
 
 
 @pytest.fixture
@@ -140,6 +142,62 @@ def test_only_the_owner_can_write(arena):
         os.close(reopened)
 
 
+def test_a_copy_holds_the_extents_in_the_order_asked_for(arena):
+    extents = [filled(arena, pages, mark) for mark, pages in ((1, 1), (2, 2), (3, 1))]
+    fd = arena.copy_out([extents[2], extents[1]])
+    try:
+        assert os.fstat(fd).st_size == 3 * PAGE
+        copy = os.pread(fd, 3 * PAGE, 0)
+        assert (copy[0], copy[PAGE - 1], copy[PAGE], copy[-1]) == (3, 3, 2, 2)
+        with pytest.raises(PermissionError):
+            os.pwrite(fd, b"x", 0)
+        for extent in extents:
+            arena.free(extent)
+        with arena.memory(arena.allocate(4 * PAGE)) as memory:
+            memory[:] = bytes(len(memory))
+        assert os.pread(fd, 3 * PAGE, 0) == copy
+    finally:
+        os.close(fd)
+
+
+def test_extents_stay_where_they_are_while_they_are_copied(arena, monkeypatch):
+    extent = filled(arena, 1, 1)
+    leases: list[int] = []
+    monkeypatch.setattr(dram, "sealed_copy", lambda _: leases.append(extent.num_leases) or 0)
+    arena.copy_out([extent, extent])
+    assert leases == [2]
+    assert extent.num_leases == 0
+
+
+def test_a_failed_copy_keeps_nothing(arena, monkeypatch):
+    extent = filled(arena, 1, 1)
+
+    def fail(_: object) -> int:
+        raise UnavailableError("no memory")
+
+    monkeypatch.setattr(dram, "sealed_copy", fail)
+    with pytest.raises(UnavailableError):
+        arena.copy_out([extent])
+    arena.free(extent)
+
+
+@pytest.mark.parametrize("huge_pages", [True, False])
+def test_memory_is_placed_before_it_is_touched(monkeypatch, huge_pages):
+    asked: list[tuple[int, bool, int]] = []
+
+    def record(address: int, num_bytes: int, *, huge_pages: bool) -> Placement:
+        maps = Path("/proc/self/smaps").read_text().split(f"{address:x}-")[1]
+        resident = next(line for line in maps.splitlines() if line.startswith("Rss:"))
+        asked.append((num_bytes, huge_pages, int(resident.split()[1])))
+        return Placement(huge_pages=huge_pages)
+
+    monkeypatch.setattr(dram, "place", record)
+    arena = Arena(2 * PAGE, prefault=True, huge_pages=huge_pages)
+    arena.close()
+    assert asked == [(2 * PAGE, huge_pages, 0)]
+    assert arena.placement.huge_pages == huge_pages
+
+
 def descriptors() -> set[str]:
     return {entry.name for entry in Path("/proc/self/fd").iterdir()}
 
@@ -245,7 +303,7 @@ class ArenaMachine(hypothesis.stateful.RuleBasedStateMachine):
             return hypothesis.stateful.multiple()
         self.mark = self.mark % 255 + 1
         with self.arena.memory(extent) as memory:
-            memory[:1] = memory[-1:] = bytes([self.mark])
+            memory[::STRIDE] = memory[STRIDE - 1 :: STRIDE] = self.marks(extent, self.mark)
         self.live[extent] = self.mark
         if sealed:
             self.arena.seal(extent)
@@ -280,6 +338,29 @@ class ArenaMachine(hypothesis.stateful.RuleBasedStateMachine):
             self.arena.free(extent)
             del self.live[extent]
 
+    @hypothesis.stateful.rule(first=extents, second=extents)
+    def copy_out(self, first: dram.Extent, second: dram.Extent) -> None:
+        wanted = [each for each in (first, second) if each.state is ExtentState.SEALED]
+        leases = [each.num_leases for each in wanted]
+        fd = self.arena.copy_out(wanted)
+        try:
+            assert os.fstat(fd).st_size == sum(each.num_bytes for each in wanted)
+            copy = os.pread(fd, 10 * PAGE, 0)
+        finally:
+            os.close(fd)
+        assert copy[::STRIDE] == b"".join(self.marks(each, self.live[each]) for each in wanted)
+        assert [each.num_leases for each in wanted] == leases
+
+    @hypothesis.stateful.rule()
+    def compact(self) -> None:
+        """As `allocate` does when only scattered gaps are left."""
+        with self.arena._lock:
+            self.arena._compact()
+
+    @staticmethod
+    def marks(extent: dram.Extent, mark: int) -> bytes:
+        return bytes([mark]) * (extent.num_bytes // STRIDE)
+
     @hypothesis.stateful.invariant()
     def memory_is_conserved(self) -> None:
         usage = self.arena.usage()
@@ -294,7 +375,8 @@ class ArenaMachine(hypothesis.stateful.RuleBasedStateMachine):
             assert extent.offset % PAGE == 0
             end = extent.end
             with self.arena.memory(extent) as memory:
-                assert memory[0] == memory[-1] == self.live[extent]
+                marks = self.marks(extent, self.live[extent])
+                assert memory[::STRIDE] == memory[STRIDE - 1 :: STRIDE] == marks
         assert end <= 12 * PAGE
 
     @hypothesis.stateful.invariant()
