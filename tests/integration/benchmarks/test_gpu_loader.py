@@ -9,6 +9,8 @@ import torch
 
 import gpu_loader
 from flashserve.store.copier import CpuCopier
+from gpu_checkpoint import DRY, Bench
+from gpu_items import compare_bytes
 
 torch.set_num_threads(1)
 
@@ -42,7 +44,7 @@ def test_an_item_that_fails_or_takes_too_long_does_not_end_the_others(monkeypatc
 
     items = ((failing, 60), (endless, 0.01), (last, 60))
     monkeypatch.setattr(gpu_loader, "ITEMS", items)
-    bench = gpu_loader.Bench(CpuCopier(), gpu_loader.DRY)
+    bench = Bench(CpuCopier(), DRY)
     lines = tmp_path / "lines.jsonl"
     found = gpu_loader.measure(bench, 60, lines)
     assert found["failing"]["error"] == "RuntimeError: no such thing"
@@ -52,13 +54,13 @@ def test_an_item_that_fails_or_takes_too_long_does_not_end_the_others(monkeypatc
 
 
 def test_damaged_bytes_are_an_error_of_the_item():
-    bench = gpu_loader.Bench(CpuCopier(), gpu_loader.DRY)
+    bench = Bench(CpuCopier(), DRY)
     bench.take()
     views = bench.residents.awake().residence.views()
-    gpu_loader._compare_bytes(bench, views)
+    compare_bytes(bench, views)
     views["model.norm.weight"].view(torch.uint8)[3] ^= 1
     with pytest.raises(AssertionError, match=r"model\.norm\.weight arrived damaged"):
-        gpu_loader._compare_bytes(bench, views)
+        compare_bytes(bench, views)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
