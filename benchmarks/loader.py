@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import pathlib
 import sys
 import tempfile
@@ -149,6 +150,7 @@ class Bench:
         }
 
     def set_caches(self, row: Row) -> None:
+        os.sync()  # what the row before wrote is not to be written during this one
         if row.start == COLD:
             pagecache.drop(self.path(row.layout))
         elif row.start == S3:

@@ -89,7 +89,7 @@ def nursery(
         process = subprocess.Popen(
             [sys.executable, str(script), str(theirs.fileno())],
             pass_fds=(theirs.fileno(), *fds),
-            env={**os.environ, **(env or {})},
+            env={**os.environ, "TMPDIR": str(directory), **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

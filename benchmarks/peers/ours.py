@@ -104,7 +104,9 @@ def from_source(job: Job) -> Load:
     store = open_store(pathlib.Path(job.scratch), arena_bytes, prefault=job.options["prefault"])
     mapping = attach(store.arena.fd, store.arena.num_bytes)
     model = skeleton(job.config)
-    spec = ModelSpec(ModelId("bench"), job.options["source"], job.options["image_bytes"])
+    source = job.options["source"]
+    lowest = Tier.REMOTE if source.startswith("s3:") else Tier.DISK
+    spec = ModelSpec(ModelId("bench"), source, job.options["image_bytes"], lowest)
 
     def load() -> Loaded:
         store.stage(spec, Tier.DRAM)
@@ -119,5 +121,9 @@ def from_source(job: Job) -> Load:
 def load_model(job: Job) -> Load:
     """What a user's own process calls, with a node running that has the bytes in DRAM."""
     from flashserve import load_model as load_from_node
+    from flashserve.store.handout_client import socket_path
+
+    if not socket_path(pathlib.Path(job.env["FLASHSERVE_DATA_DIR"])).is_socket():
+        raise RuntimeError("no node hands models out")  # it would read the files itself
 
     return lambda: load_from_node(job.options["source"])
