@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import re
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -15,8 +21,13 @@ from tests.integration.engine.families import reference
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from flashserve import load_model
-from flashserve.errors import CheckpointError, SourceError, UnsupportedModelError
+from flashserve import load_model, open_snapshot
+from flashserve.errors import CheckpointError, ConflictError, SourceError, UnsupportedModelError
+from flashserve.node.sockets import bind_unix_socket
+from flashserve.store.handout import Handout
+from flashserve.store.handout_client import socket_path
+from flashserve.store.store import Store
+from flashserve.types import ModelId, ModelSpec, Tier
 
 pytestmark = pytest.mark.integration
 DEMO = Path(__file__).parents[2] / ".demo" / "models" / "smollm2"
@@ -177,3 +188,180 @@ def test_the_package_imports_no_tensor_library_before_it_is_asked_to():
         "from flashserve import open_snapshot; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", check], check=True)
+
+
+@pytest.fixture
+def node(tmp_path) -> Iterator[Node]:
+    """A running node without workers' models, on a loop in a thread of its own."""
+    with Node(tmp_path / "data") as running:
+        yield running
+
+
+class Node:
+    """A handout over a store, as an agent runs it."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.data_dir = data_dir
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+
+    def __enter__(self) -> Node:
+        self._thread.start()
+        self.store = Store(self.data_dir, 64 << 20, prefault=False)
+        self.listener = bind_unix_socket(socket_path(self.data_dir))
+        self.models: dict[ModelId, ModelSpec] = {}
+        self.handout = Handout(
+            self.listener.socket, self.store, self.data_dir, lambda: self.models, 64 << 20
+        )
+        self._loop.call_soon_threadsafe(self.handout.start)
+        return self
+
+    def deploy(self, name: str, path: Path, *, stage: bool = True) -> None:
+        model = ModelSpec(ModelId(name), str(path), 0)
+        self.models[model.model_id] = model
+        if stage:
+            self.store.stage(model, Tier.DRAM)
+
+    def until_no_client(self) -> None:
+        while self.handout.num_clients:
+            time.sleep(0.001)
+
+    def __exit__(self, *_: object) -> None:
+        asyncio.run_coroutine_threadsafe(self.handout.close(), self._loop).result()
+        self.listener.close()
+        self.store.close()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def test_a_model_from_a_node_is_the_one_that_from_pretrained_returns(node, tmp_path):
+    path = save("qwen3-moe", tmp_path / "model", torch.bfloat16, max_shard_size="20KB")
+    node.deploy("moe", path)
+    wanted = AutoModelForCausalLM.from_pretrained(path)
+    assert_equal(load_model(path, data_dir=node.data_dir), wanted)
+    named = load_model("moe", data_dir=node.data_dir)
+    assert_same_weights(named, wanted)
+    assert named.name_or_path == str(path)
+    assert node.handout.copied_bytes > 0
+
+
+def test_one_process_writes_in_place_and_another_does_not_see_it(node, tmp_path):
+    path = save("llama", tmp_path / "model")
+    node.deploy("llama", path)
+    model, other = (load_model("llama", data_dir=node.data_dir) for _ in range(2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert_same_weights(other, AutoModelForCausalLM.from_pretrained(path))
+    third = load_model("llama", data_dir=node.data_dir)
+    assert_same_weights(third, other)
+    node.store.verify(ModelId("llama"))
+
+
+def test_the_lease_lasts_as_long_as_any_tensor(node, tmp_path):
+    node.deploy("llama", save("llama", tmp_path / "model"))
+    model = load_model("llama", data_dir=node.data_dir)
+    kept = model.model.norm.weight.detach()[3:]
+    before = kept.clone()
+    assert node.handout.num_clients == 1
+    del model
+    gc.collect()
+    assert node.handout.num_clients == 1
+    assert torch.equal(kept, before)
+    del kept
+    gc.collect()
+    node.until_no_client()
+    assert node.handout.copied_bytes == 0
+
+
+def test_a_process_that_is_killed_gives_up_its_lease(node, tmp_path):
+    node.deploy("llama", save("llama", tmp_path / "model"), stage=False)
+    holder = (
+        "import sys; from flashserve import load_model; "
+        "model = load_model('llama', data_dir=sys.argv[1]); "
+        "print(float(model.model.norm.weight.detach().sum()), flush=True); sys.stdin.readline()"
+    )
+    command = [sys.executable, "-c", holder, str(node.data_dir)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        wanted = reference("llama", torch.float32).model.norm.weight.detach().sum()
+        assert float(process.stdout.readline()) == pytest.approx(float(wanted))
+        assert node.handout.num_clients == 1
+        process.kill()
+    node.until_no_client()
+    assert node.handout.copied_bytes == 0
+    assert node.store.usage().used == 0
+
+
+def test_tensors_stay_after_the_node_is_gone(tmp_path):
+    path = save("llama", tmp_path / "model")
+    with Node(tmp_path / "data") as node:
+        model = load_model(path, data_dir=node.data_dir)
+    assert_equal(model, AutoModelForCausalLM.from_pretrained(path))
+
+
+NUMBERS = {
+    "f32": torch.arange(6, dtype=torch.float32).reshape(2, 3),
+    "f16": torch.arange(4, dtype=torch.float16),
+    "i8": torch.arange(-3, 4, dtype=torch.int8),
+    "u8": torch.arange(5, dtype=torch.uint8),
+    "bool": torch.tensor([True, False]),
+    "i64": torch.arange(3),
+    "bf16": torch.arange(6, dtype=torch.bfloat16).reshape(3, 2),
+    "fp8": torch.arange(6, dtype=torch.float32).to(torch.float8_e4m3fn).reshape(3, 2),
+    "fp8-e5": torch.arange(3, dtype=torch.float32).to(torch.float8_e5m2),
+    "empty": torch.empty(0, 4),
+}
+
+
+def save_numbers(directory: Path) -> Path:
+    directory.mkdir()
+    safetensors.torch.save_file(NUMBERS, directory / "model.safetensors")
+    (directory / "config.json").write_text("{}")
+    return directory
+
+
+def test_a_snapshot_has_every_tensor_of_every_type(tmp_path):
+    path = save_numbers(tmp_path / "model")
+    with open_snapshot(path, data_dir=tmp_path / "data") as tensors:
+        assert set(tensors) == set(NUMBERS)
+        assert len(tensors) == len(NUMBERS)
+        for name, wanted in NUMBERS.items():
+            tensor = tensors[name]
+            assert tuple(tensor.shape) == tuple(wanted.shape)
+            if isinstance(tensor, np.ndarray):
+                assert tensor.dtype == wanted.numpy().dtype
+                assert np.array_equal(tensor, wanted.numpy())
+                assert not tensor.flags.writeable
+            else:
+                bits = wanted.view(torch.uint16 if name == "bf16" else torch.uint8)
+                assert np.array_equal(tensor.numpy(), bits.numpy())
+                assert bytes(tensor.data) == bits.numpy().tobytes()
+                assert tensor.data.readonly
+                assert tensor.torch().dtype == wanted.dtype
+                assert torch.equal(tensor.torch().float(), wanted.float())
+        names = {name: tensors[name].dtype for name in ("bf16", "fp8", "fp8-e5")}
+        assert names == {"bf16": "BF16", "fp8": "F8_E4M3", "fp8-e5": "F8_E5M2"}
+        with pytest.raises(KeyError):
+            tensors["other"]
+
+
+def test_a_closed_snapshot_has_given_up_its_lease_and_refuses_without_a_crash(node, tmp_path):
+    path = save_numbers(tmp_path / "model")
+    with open_snapshot(path, data_dir=node.data_dir) as tensors:
+        array, raw = tensors["f32"], tensors["bf16"]
+        assert node.handout.num_clients == 1
+    node.until_no_client()
+    for access in (lambda: tensors["f32"], raw.numpy, raw.torch):
+        with pytest.raises(ConflictError, match="closed"):
+            access()
+    assert np.array_equal(array, NUMBERS["f32"].numpy())
+
+
+def test_a_tensor_may_be_written_to_where_it_was_handed_out_and_nowhere_else(node, tmp_path):
+    path = save_numbers(tmp_path / "model")
+    with open_snapshot(path, data_dir=node.data_dir) as tensors:
+        tensors["bf16"].torch().zero_()
+        assert not tensors["bf16"].numpy().any()
+        with open_snapshot(path, data_dir=node.data_dir) as others:
+            assert torch.equal(others["bf16"].torch(), NUMBERS["bf16"])
