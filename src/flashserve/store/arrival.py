@@ -106,15 +106,18 @@ class Arrival:
         return self._report
 
     def add(self, group: int, num_bytes: int) -> None:
-        """A chunk that `group` is the first to need is there and verified."""
+        """Something that `group` is the first to need is there and verified: a chunk of so many
+        bytes, or 0 for the word that a file is complete.
+        """
         with self._lock:
             if self._error is not None:
                 return
             assert self._pending[group] > 0
             self._pending[group] -= 1
             self._num_bytes_done += num_bytes
-            for listener in self._listeners:
-                listener(self._num_bytes_done, self._num_bytes)
+            if num_bytes:
+                for listener in self._listeners:
+                    listener(self._num_bytes_done, self._num_bytes)
             if self._open():
                 self._tell(self._num_open)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import itertools
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from flashserve.errors import UnavailableError
@@ -44,8 +46,9 @@ def read_copy(store: Store, uri: str) -> ModelCopy:
     """
     store.stage(ModelSpec(_MODEL, uri, 0), Tier.DRAM)
     with store.lease(_MODEL) as lease:
-        begin, end = _span(lease)
-        grant = _grant(lease, begin, end - begin, begin)
+        # In an arena that holds nothing else, files lie one after another.
+        begin = lease.offset
+        grant = _grant(lease, begin, lease.num_bytes, lambda offset: offset - begin)
         return ModelCopy(os.dup(store.arena.fd), grant)
 
 
@@ -55,17 +58,29 @@ def copy_lease(lease: Lease, arena: Arena) -> ModelCopy:
     Raises:
         UnavailableError: there is no memory for it.
     """
-    begin, end = _span(lease)
-    fd = _copy_out(arena, begin, end - begin)
-    return ModelCopy(fd, _grant(lease, 0, end - begin, begin))
+    fd = _copy_out(arena, lease.extents)
+    starts = itertools.accumulate((size for _, size in lease.extents), initial=0)
+    moves = [
+        (begin, start - begin) for (begin, _), start in zip(lease.extents, starts, strict=False)
+    ]
+
+    def moved(offset: int) -> int:
+        _, by = max(move for move in moves if move[0] <= offset)
+        return offset + by
+
+    return ModelCopy(fd, _grant(lease, 0, lease.num_bytes, moved))
 
 
-def _copy_out(arena: Arena, begin: int, num_bytes: int) -> int:
+def _copy_out(arena: Arena, extents: Iterable[tuple[int, int]]) -> int:
+    """The extents one after another."""
+    num_bytes = 0
     fd = os.memfd_create("flashserve-copy", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        done = 0
-        while done < num_bytes:
-            done += os.sendfile(fd, arena.fd, begin + done, num_bytes - done)
+        for begin, size in extents:
+            num_bytes += size
+            done = 0
+            while done < size:
+                done += os.sendfile(fd, arena.fd, begin + done, size - done)
         fcntl.fcntl(
             fd,
             fcntl.F_ADD_SEALS,
@@ -77,12 +92,8 @@ def _copy_out(arena: Arena, begin: int, num_bytes: int) -> int:
     return fd
 
 
-def _span(lease: Lease) -> tuple[int, int]:
-    return lease.offset, lease.offset + lease.num_bytes
-
-
-def _grant(lease: Lease, offset: int, num_bytes: int, shift: int) -> HandoutGrant:
-    """shift: how far into the arena the copy begins."""
+def _grant(lease: Lease, offset: int, num_bytes: int, moved: Callable[[int], int]) -> HandoutGrant:
+    """moved: where in the copy an offset of the arena is."""
     snapshot = lease.snapshot
     return HandoutGrant(
         uri=snapshot.uri,
@@ -91,7 +102,7 @@ def _grant(lease: Lease, offset: int, num_bytes: int, shift: int) -> HandoutGran
         config=snapshot.config,
         generation_config=snapshot.generation_config,
         tensors=tuple(
-            dataclasses.replace(tensor, offset=tensor.offset - shift) for tensor in lease.tensors
+            dataclasses.replace(tensor, offset=moved(tensor.offset)) for tensor in lease.tensors
         ),
         offset=offset,
         num_bytes=num_bytes,

@@ -1,65 +1,152 @@
-"""What the store keeps count of: checkpoints in DRAM, and those on their way there."""
+"""What the store keeps count of: files in DRAM, models made of them, reads that bring them."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import threading
+from collections.abc import Callable
 
-from flashserve.errors import FlashServeError, InternalError, error_from_code
-from flashserve.store.disk import Progress
+from flashserve.store.arrival import Arrival, StageReport
 from flashserve.store.dram import Extent
+from flashserve.store.listing import CHUNK_BYTES, SourceFile
+from flashserve.store.order import ChunkPlace, chunk_order
 from flashserve.store.snapshot import Snapshot
 from flashserve.types import ModelId, TensorSlice
 
 
+class FileImage:
+    """One file of a checkpoint, in DRAM or on its way there; models that have it share it.
+
+    num_users are the models' images, and the work, that need the bytes; num_leases are those who
+    need them to stay in place. Both are written under the shelf's lock only.
+    """
+
+    def __init__(self, file: SourceFile, path: str, extent: Extent) -> None:
+        self.file = file
+        self.path = path
+        self.extent = extent
+        self.num_users = 0
+        self.num_leases = 0
+        self.is_whole = False
+        self._checksums: dict[int, int] = {}
+        self._watchers: list[tuple[Arrival, tuple[int, ...]]] = []
+        self._has_landed = False
+        self._lock = threading.Lock()
+
+    @property
+    def checksums(self) -> tuple[int, ...]:
+        """Of all chunks, in order; of a whole file only."""
+        return tuple(self._checksums[index] for index in range(self.file.num_chunks))
+
+    def chunk_bytes(self, index: int) -> int:
+        return min(CHUNK_BYTES, self.file.num_bytes - index * CHUNK_BYTES)
+
+    def watch(self, arrival: Arrival, groups: tuple[int, ...]) -> None:
+        """Tells `arrival` of every chunk that is there or comes, and then of the landing.
+
+        groups: for each chunk the first group that needs it, and at last the one that waits for
+        the landing.
+        """
+        with self._lock:
+            self._watchers.append((arrival, groups))
+            done, has_landed = tuple(self._checksums), self._has_landed
+        for index in done:
+            arrival.add(groups[index], self.chunk_bytes(index))
+        if has_landed:
+            arrival.add(groups[-1], 0)
+
+    def chunk_done(self, index: int, checksum: int) -> None:
+        """A verified chunk is in place. Called by reading threads, without the shelf's lock."""
+        with self._lock:
+            self._checksums[index] = checksum
+            watchers = tuple(self._watchers)
+        for arrival, groups in watchers:
+            arrival.add(groups[index], self.chunk_bytes(index))
+
+    def land(self) -> None:
+        """All chunks are in place, and belong together. Called without the shelf's lock."""
+        with self._lock:
+            self._has_landed = True
+            watchers, self._watchers = self._watchers, []
+        for arrival, groups in watchers:
+            arrival.add(groups[-1], 0)
+
+    def fail(self, error: BaseException) -> None:
+        """The rest will not come. Called without the shelf's lock."""
+        with self._lock:
+            watchers, self._watchers = self._watchers, []
+        for arrival, _ in watchers:
+            arrival.fail(error)
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class Image:
-    """A checkpoint in DRAM. It lives while a model names it or anybody leases it.
-
-    checksums are those of `disk.chunks`, in their order.
+    """A model's bytes: its snapshot and its files. It lives while a model names it or anybody
+    leases it.
     """
 
     identity: str
     snapshot: Snapshot
-    extent: Extent
-    checksums: tuple[int, ...]
+    files: tuple[FileImage, ...]
+    order: tuple[ChunkPlace, ...]
     models: set[ModelId] = dataclasses.field(default_factory=set)
     leases: collections.Counter[ModelId] = dataclasses.field(default_factory=collections.Counter)
 
+    @classmethod
+    def make(cls, snapshot: Snapshot, files: tuple[FileImage, ...]) -> Image:
+        return cls(snapshot.identity, snapshot, files, chunk_order(snapshot.layout))
+
+    @property
+    def is_whole(self) -> bool:
+        return all(file.is_whole for file in self.files)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the arena."""
+        return sum(file.extent.num_bytes for file in self.files)
+
+    def extents(self) -> tuple[tuple[int, int], ...]:
+        """Offset and bytes of each file's place in the arena just now."""
+        return tuple((file.extent.offset, file.extent.num_bytes) for file in self.files)
+
     def tensors(self) -> tuple[TensorSlice, ...]:
         """Where the tensors lie in the arena just now."""
-        layout = self.snapshot.layout
-        starts = [self.extent.offset + offset for offset in layout.file_offsets]
         return tuple(
             TensorSlice(
                 tensor.name,
                 tensor.dtype,
                 tensor.shape,
-                starts[tensor.file_index] + tensor.begin,
+                self.files[tensor.file_index].extent.offset + tensor.begin,
                 tensor.end - tensor.begin,
             )
-            for tensor in layout.tensors
+            for tensor in self.snapshot.layout.tensors
         )
 
+    def arrival(self, report: Callable[[float], StageReport]) -> Arrival:
+        """Follows all chunks of all files from now on; `report` as for Arrival."""
+        num_groups = self.order[-1].group + 1
+        pending = [0] * num_groups
+        groups = [[0] * file.file.num_chunks for file in self.files]
+        for place in self.order:
+            pending[place.group] += 1
+            groups[place.file_index][place.index] = place.group
+        pending[-1] += len(self.files)
+        arrival = Arrival(pending, num_bytes=self.snapshot.size_bytes, report=report)
+        for file, of_chunks in zip(self.files, groups, strict=True):
+            file.watch(arrival, (*of_chunks, num_groups - 1))
+        return arrival
 
-class Flight:
-    """One read of one source, awaited by everybody who wants the same bytes meanwhile."""
 
-    def __init__(self) -> None:
-        self.models: set[ModelId] = set()
-        self.listeners: list[Progress] = []
-        self.landed = threading.Event()
-        self.error: BaseException | None = None
+class Fill:
+    """One read that brings new files into DRAM. `order` names them by index."""
 
-    def report(self, num_done: int, num_bytes: int) -> None:
-        for listener in tuple(self.listeners):
-            listener(num_done, num_bytes)
+    def __init__(self, files: tuple[FileImage, ...], order: tuple[tuple[int, int], ...]) -> None:
+        self.files = files
+        self.order = order
+        self.stopping = threading.Event()
+        self.ended = threading.Event()
 
-    def wait(self) -> None:
-        """Returns when the bytes are there; raises what the reader raised."""
-        self.landed.wait()
-        if isinstance(self.error, FlashServeError):
-            raise error_from_code(self.error.code, self.error.message)
-        if self.error is not None:
-            raise InternalError(f"reading the checkpoint failed: {self.error!r}")
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.file.num_bytes for file in self.files)

@@ -1,4 +1,4 @@
-"""The node's checkpoints: brought into DRAM once, shared by every replica and every equal source.
+"""The node's checkpoints: brought into DRAM once, shared by every replica and every equal file.
 
 Everything here blocks and is thread-safe; an asyncio caller uses asyncio.to_thread.
 """
@@ -6,57 +6,82 @@ Everything here blocks and is thread-safe; an asyncio caller uses asyncio.to_thr
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
-from flashserve.errors import (
-    CheckpointError,
-    ConflictError,
-    InputError,
-    ModelTooLargeError,
-    SourceError,
-    UnavailableError,
-)
-from flashserve.store import disk
-from flashserve.store.disk import Progress
-from flashserve.store.dram import Arena, ArenaUsage
-from flashserve.store.files import DirectoryFiles
-from flashserve.store.images import Flight, Image
-from flashserve.store.local import DirectorySource, LocalSource
-from flashserve.store.snapshot import Snapshot, read_snapshot
-from flashserve.store.source import open_source
+from flashserve.config import StoreSettings
+from flashserve.errors import ConflictError, InputError, ModelTooLargeError, UnavailableError
+from flashserve.store.arrival import Arrival, Progress, StageReport
+from flashserve.store.diskbudget import DiskUsage
+from flashserve.store.dram import Arena, ArenaUsage, ExtentState, extent_bytes
+from flashserve.store.filling import Filler
+from flashserve.store.guard import Guard
+from flashserve.store.images import Fill, Image
+from flashserve.store.origin import Origin, Origins
+from flashserve.store.shelf import Shelf
+from flashserve.store.snapshot import Snapshot
 from flashserve.types import ModelId, ModelSpec, TensorSlice, Tier
+
+__all__ = ["Lease", "Residence", "StageReport", "Store", "StoreListener"]
+
+_log = logging.getLogger(__name__)
+
+
+class StoreListener(Protocol):
+    """Told what happens by itself, from threads of the store; must not block."""
+
+    def damaged(self, model_ids: tuple[ModelId, ...], message: str) -> None:
+        """Bytes of these models in DRAM are not what they were; who leases them must stop."""
+
+    def on_disk(self, model_id: ModelId, num_bytes: int, seconds: float) -> None:
+        """A remote model has come to disk behind its load."""
+
+    def left_disk(self, model_id: ModelId) -> None:
+        """A remote model is no longer on disk."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class StageReport:
-    """What a call of `stage` did itself: num_bytes is 0 for a hit, and for who waited for another.
+class Residence:
+    """Where a model is, and what it takes there, alone or with others."""
 
-    fetch_s: until the files were on this machine; dram_s: from there until they were in DRAM.
-    """
-
-    num_bytes: int = 0
-    fetch_s: float = 0.0
-    dram_s: float = 0.0
+    tier: Tier
+    dram_bytes: int
+    disk_bytes: int
+    num_leases: int
 
 
 class Lease:
-    """Keeps a model's bytes where they are until it is released. A context manager."""
+    """Keeps a model's bytes where they are until it is released. A context manager.
 
-    def __init__(self, store: Store, image: Image, model_id: ModelId) -> None:
+    extents are the places of its files, (offset, bytes). `arrival` says which of them are there.
+    """
+
+    def __init__(self, shelf: Shelf, image: Image, model_id: ModelId, arrival: Arrival) -> None:
         self.model_id = model_id
         self.snapshot = image.snapshot
-        self.offset = image.extent.offset
-        self.num_bytes = image.extent.num_bytes
+        self.extents = image.extents()
+        self.num_bytes = image.num_bytes
         self.tensors = image.tensors()
-        self._store = store
-        self.image: Image | None = image  # None once released; written under the store's lock
+        self.arrival = arrival
+        self._shelf = shelf
+        self._image: Image | None = image
+        self._lock = threading.Lock()
+
+    @property
+    def offset(self) -> int:
+        """Of the first extent."""
+        return min(offset for offset, _ in self.extents)
 
     def release(self) -> None:
         """Ends the lease; more than once does no harm."""
-        self._store._release(self)  # noqa: SLF001
+        with self._lock:
+            image, self._image = self._image, None
+        if image is not None:
+            self._shelf.release(image, self.model_id)
 
     def __enter__(self) -> Lease:
         return self
@@ -71,30 +96,39 @@ class Lease:
 
 
 class Store:
-    """Sources, snapshots and the DRAM arena of one node."""
+    """Sources, the disk tier and the DRAM arena of one node."""
 
-    def __init__(self, data_dir: Path, dram_bytes: int, prefault: bool) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        dram_bytes: int,
+        prefault: bool,
+        settings: StoreSettings | None = None,
+    ) -> None:
         """Makes an arena of `dram_bytes`, rounded down to whole 2 MiB.
 
         Raises:
             InputError: the arena cannot be made.
         """
+        settings = settings or StoreSettings()
+        self.listener: StoreListener | None = None
         self.arena = Arena(dram_bytes, prefault=prefault)
-        self._data_dir = data_dir
+        self._origins = Origins(data_dir, settings)
+        self._shelf = Shelf(self.arena)
+        self._guard = Guard(self._shelf, self.arena, settings.scrub_bytes_per_s, self._damaged)
+        self._filler = Filler(self._shelf, self.arena, self._origins, settings, self._on_disk)
         self._stopping = threading.Event()
-        self._lock = threading.Lock()
-        # By source identity: an image is entered whole, and leaves when its last model does.
-        self._images: dict[str, Image] = {}
-        self._flights: dict[str, Flight] = {}
-        self._models: dict[ModelId, Image] = {}
+        # Where each model comes from, as far as this store was asked for it.
+        self._sources: dict[ModelId, str] = {}
 
     def close(self) -> None:
         """Ends reads under way, then gives all memory, threads and descriptors back."""
-        with self._lock:
-            self._stopping.set()
-            flights = tuple(self._flights.values())
-        for flight in flights:
-            flight.landed.wait()
+        self._stopping.set()
+        for fill in self._shelf.close():
+            fill.ended.wait()
+        self._filler.close()
+        self._guard.close()
+        self._origins.close()
         self.arena.close()
 
     def inspect(self, uri: str) -> Snapshot:
@@ -103,12 +137,12 @@ class Store:
         Raises:
             DeployError: it cannot be served; one line that says which file and why.
         """
-        snapshot = _read_snapshot(_open_local(uri, self._data_dir))
-        if snapshot.arena_bytes > self.arena.num_bytes:
+        snapshot = self._origins.snapshot(self._origins.look(uri))
+        needed = sum(extent_bytes(file.num_bytes) for file in snapshot.layout.files)
+        if needed > self.arena.num_bytes:
             raise ModelTooLargeError(
-                f"{snapshot.directory} holds {snapshot.size_bytes} bytes of weights and needs "
-                f"{snapshot.arena_bytes} of memory; the arena has {self.arena.num_bytes}: raise "
-                "node.dram_bytes"
+                f"{snapshot.uri} holds {snapshot.size_bytes} bytes of weights and needs {needed} "
+                f"of memory; the arena has {self.arena.num_bytes}: raise node.dram_bytes"
             )
         return snapshot
 
@@ -126,47 +160,37 @@ class Store:
         Raises:
             SourceError, CheckpointError, UnsupportedModelError: the source cannot be read.
             ModelTooLargeError: the whole arena is too small.
-            UnavailableError: the arena has no room now, or the store is closed.
+            UnavailableError: the arena or the disk has no room now, or the store is closed.
+            ConflictError: the model was deleted meanwhile.
         """
         if tier not in {Tier.DISK, Tier.DRAM}:
             raise InputError(f"a model is staged to disk or dram, not to {tier.label}")
-        began = time.monotonic()
-        source = _open_local(model.source, self._data_dir)
-        source.directory()
-        fetched = time.monotonic()
         if tier is Tier.DISK:
-            return StageReport(fetch_s=fetched - began)
-        identity = source.identity()
-        with self._lock:
-            self._check_open()
-            if image := self._images.get(identity):
-                self._attach(model.model_id, image)
-                return StageReport()
-            self._detach(model.model_id)
-            flight, leads = self._flights.get(identity), False
-            if flight is None:
-                flight, leads = self._flights.setdefault(identity, Flight()), True
-            flight.models.add(model.model_id)
-            if progress:
-                flight.listeners.append(progress)
-        num_bytes = 0
-        if leads:
-            num_bytes = self._read(source, identity, flight)
-        else:
-            flight.wait()
-        return StageReport(num_bytes, fetched - began, time.monotonic() - fetched)
+            return self._stage_to_disk(model)
+        with self._hold(model, progress) as lease:
+            report = lease.arrival.wait()
+            if model.model_id not in self._shelf.models():
+                raise ConflictError("the model was deleted while it was staged")
+        return report
+
+    def hold(self, model: ModelSpec) -> Lease:
+        """Leases a model whose bytes are in DRAM, or will be: `Lease.arrival` tells how far it is.
+
+        Returns when the layout is known and the places are claimed.
+
+        Raises:
+            As for `stage`, but for what reading the weights brings: `Lease.arrival.wait` raises it.
+        """
+        return self._hold(model, None)
 
     def lease(self, model_id: ModelId) -> Lease:
-        """Keeps a staged model's bytes in place until the lease is released.
+        """Keeps the bytes of a model that is whole in DRAM in place until the lease is released.
 
         Raises:
             ConflictError: the model is not in DRAM.
         """
-        with self._lock:
-            image = self._staged(model_id)
-            self.arena.lease(image.extent)
-            image.leases[model_id] += 1
-            return Lease(self, image, model_id)
+        image = self._shelf.lease(model_id)
+        return Lease(self._shelf, image, model_id, Arrival([0] * (image.order[-1].group + 1)))
 
     def tensors(self, model_id: ModelId) -> tuple[TensorSlice, ...]:
         """Where each tensor lies in the arena; holds only as long as the model is leased.
@@ -174,18 +198,15 @@ class Store:
         Raises:
             ConflictError: the model is not in DRAM.
         """
-        with self._lock:
-            return self._staged(model_id).tensors()
+        return self._shelf.whole(model_id).tensors()
 
-    def extent(self, model_id: ModelId) -> tuple[int, int]:
-        """Offset and bytes of the model's memory; holds only as long as the model is leased.
+    def extents(self, model_id: ModelId) -> tuple[tuple[int, int], ...]:
+        """Offset and bytes of each file's memory; holds only as long as the model is leased.
 
         Raises:
             ConflictError: the model is not in DRAM.
         """
-        with self._lock:
-            extent = self._staged(model_id).extent
-            return extent.offset, extent.num_bytes
+        return self._shelf.whole(model_id).extents()
 
     def snapshot(self, model_id: ModelId) -> Snapshot:
         """Config and layout as they were when the model's bytes were read.
@@ -193,163 +214,133 @@ class Store:
         Raises:
             ConflictError: the model is not in DRAM.
         """
-        with self._lock:
-            return self._staged(model_id).snapshot
+        return self._shelf.whole(model_id).snapshot
 
     def verify(self, model_id: ModelId) -> None:
         """Compares the bytes in DRAM with the checksums taken when they were read.
 
         Raises:
-            CheckpointError: they differ; names the file and the place.
+            CheckpointError: they differ, and are not served any more; names file and bytes.
             ConflictError: the model is not in DRAM.
         """
         with self.lease(model_id):
-            with self._lock:
-                image = self._staged(model_id)
-            layout = image.snapshot.layout
-            with self.arena.memory(image.extent) as memory:
-                for chunk, wanted in zip(disk.chunks(layout), image.checksums, strict=True):
-                    with memory[chunk.offset : chunk.offset + chunk.num_bytes] as data:
-                        found = disk.checksum(data)
-                    if found != wanted:
-                        path = image.snapshot.directory / layout.files[chunk.file_index].name
-                        raise CheckpointError(
-                            f"the copy of {path} in DRAM is damaged between its bytes "
-                            f"{chunk.begin} and {chunk.begin + chunk.num_bytes}"
-                        )
+            self._guard.verify(self._shelf.whole(model_id))
 
     def evict(self, model_id: ModelId, tier: Tier) -> int:
-        """Takes a model out of `tier` and those above it; how many bytes that freed.
+        """Takes a model out of `tier` and those above it; how many bytes of DRAM that freed.
 
-        Bytes that another model shares stay, and so do files: sources are not ours to remove.
+        Bytes that another model shares stay, and so do files of a local source, which are not
+        ours. Ends a read that nobody waits for, and waits for what is written to disk behind.
 
         Raises:
             ConflictError: the model is leased, or is being staged.
         """
         if tier > Tier.DRAM:
             return 0
-        with self._lock:
-            if any(model_id in flight.models for flight in self._flights.values()):
-                raise ConflictError(f"model {model_id} is being staged")
-            image = self._models.get(model_id)
-            if image and image.leases[model_id]:
-                raise ConflictError(f"model {model_id} is in use")
-            return self._detach(model_id)
+        files = self._shelf.evict(model_id)
+        for fill in self._shelf.fills(files):
+            if fill.stopping.is_set():
+                fill.ended.wait()
+        self._filler.wait_written(files)
+        if tier <= Tier.DISK:
+            self._evict_from_disk(model_id)
+        gone = (file for file in files if file.extent.state is ExtentState.FREED)
+        return sum(file.extent.num_bytes for file in gone)
 
     def forget(self, model_id: ModelId) -> None:
         """The model was deleted: its bytes go as soon as nobody leases or shares them."""
-        with self._lock:
-            for flight in self._flights.values():
-                flight.models.discard(model_id)
-            self._detach(model_id)
+        self._shelf.forget(model_id)
+        self._sources.pop(model_id, None)
 
     def tier(self, model: ModelSpec) -> Tier:
-        """The highest tier of the store that holds the model's bytes."""
-        with self._lock:
-            image = self._models.get(model.model_id)
-        is_staged = image is not None and image.snapshot.uri == model.source
-        return Tier.DRAM if is_staged else model.lowest_tier
+        """The highest tier of the store that holds all of the model's bytes."""
+        image = self._shelf.models().get(model.model_id)
+        if image is not None and image.is_whole and image.snapshot.uri == model.source:
+            return Tier.DRAM
+        if model.lowest_tier is Tier.REMOTE and self._origins.on_disk(model.source):
+            return Tier.DISK
+        return model.lowest_tier
 
     def usage(self) -> ArenaUsage:
         return self.arena.usage()
 
+    def disk_usage(self) -> DiskUsage:
+        """Of the disk tier; all 0 where another process has it."""
+        disk = self._origins.disk
+        return disk.usage() if disk else DiskUsage(0, 0, 0)
+
     def dram_bytes(self, model_id: ModelId) -> int:
         """Bytes of the arena that the model takes, alone or with others; 0 when it is not there."""
-        with self._lock:
-            image = self._models.get(model_id)
-            return image.extent.num_bytes if image else 0
+        image = self._shelf.models().get(model_id)
+        return image.num_bytes if image else 0
 
-    def _read(self, source: LocalSource, identity: str, flight: Flight) -> int:
-        """Reads a source into a new extent and publishes it; how many bytes that moved."""
-        try:
-            image = self._fill(source, identity, flight)
-            self._publish(image, flight)
-            return image.snapshot.size_bytes
-        except BaseException as error:
-            flight.error = error
-            raise
-        finally:
-            with self._lock:
-                del self._flights[identity]
-            flight.landed.set()
-
-    def _fill(self, source: LocalSource, identity: str, flight: Flight) -> Image:
-        snapshot = _read_snapshot(source)
-        extent = self.arena.allocate(snapshot.layout.image_bytes)
-        try:
-            with self.arena.memory(extent) as memory:
-                checksums = disk.read_image(
-                    snapshot.directory,
-                    snapshot.layout,
-                    memory,
-                    stopping=self._stopping,
-                    progress=flight.report,
+    def residents(self) -> dict[ModelId, Residence]:
+        """The models that have bytes in DRAM or in the disk tier, of those that were asked for."""
+        images, found = self._shelf.models(), {}
+        for model_id, uri in list(self._sources.items()):
+            image, stored = images.get(model_id), self._origins.on_disk(uri)
+            if image or stored:
+                is_whole = image is not None and image.is_whole
+                tier = Tier.DRAM if is_whole else Tier.DISK if stored else Tier.REMOTE
+                found[model_id] = Residence(
+                    tier,
+                    image.num_bytes if image else 0,
+                    stored.num_bytes if stored else 0,
+                    image.leases.total() if image else 0,
                 )
-            if snapshot.identity != identity or source.identity() != identity:
-                raise CheckpointError(f"{snapshot.directory} changed while it was read")
-        except BaseException:
-            self.arena.free(extent)
-            raise
-        self.arena.seal(extent)
-        return Image(identity, snapshot, extent, checksums)
+        return found
 
-    def _publish(self, image: Image, flight: Flight) -> None:
-        with self._lock:
-            self._images[image.identity] = image
-            for model_id in flight.models:
-                self._attach(model_id, image)
-            if not image.models:
-                self._drop(image)
-                raise ConflictError("the model was deleted while it was staged")
-
-    def _attach(self, model_id: ModelId, image: Image) -> None:
-        if self._models.get(model_id) is not image:
-            self._detach(model_id)
-            self._models[model_id] = image
-            image.models.add(model_id)
-
-    def _detach(self, model_id: ModelId) -> int:
-        image = self._models.pop(model_id, None)
+    def _hold(self, model: ModelSpec, progress: Progress | None) -> Lease:
+        began = time.monotonic()
+        origin = self._look(model)
+        looked_s = time.monotonic() - began
+        image, fill = self._shelf.find(origin.listing.identity, model.model_id), None
         if image is None:
-            return 0
-        image.models.discard(model_id)
-        return self._drop(image)
+            snapshot = self._origins.snapshot(origin)
+            files = [origin.file(file.name) for file in snapshot.layout.files]
+            image, fill = self._shelf.claim(snapshot, files, model.model_id)
+        num_bytes = fill.num_bytes if fill else 0
+        is_fetch = origin.is_remote and origin.stored is None
 
-    def _drop(self, image: Image) -> int:
-        """Frees an image that no model names and nobody leases; how many bytes that freed."""
-        if image.models or image.leases.total():
-            return 0
-        del self._images[image.identity]
-        self.arena.free(image.extent)
-        return image.extent.num_bytes
+        def report(seconds: float) -> StageReport:
+            fetch_s, dram_s = (seconds, 0.0) if is_fetch else (0.0, seconds)
+            return StageReport(num_bytes, looked_s + fetch_s, dram_s)
 
-    def _release(self, lease: Lease) -> None:
-        with self._lock:
-            image, lease.image = lease.image, None
-            if image is not None:
-                self.arena.release(image.extent)
-                image.leases[lease.model_id] -= 1
-                self._drop(image)
+        is_hit = image.is_whole
+        arrival = image.arrival((lambda _: StageReport()) if is_hit else report)
+        if progress and not is_hit:
+            arrival.listen(progress)
+        lease = Lease(self._shelf, image, model.model_id, arrival)
+        if fill is not None:
+            self._start(origin, image, fill, model.model_id)
+        return lease
 
-    def _staged(self, model_id: ModelId) -> Image:
-        self._check_open()
-        image = self._models.get(model_id)
-        if image is None:
-            raise ConflictError(f"model {model_id} is not in DRAM")
-        return image
-
-    def _check_open(self) -> None:
+    def _look(self, model: ModelSpec) -> Origin:
         if self._stopping.is_set():
             raise UnavailableError("the store is closed")
+        self._sources[model.model_id] = model.source
+        return self._origins.look(model.source)
 
+    def _start(self, origin: Origin, image: Image, fill: Fill, model_id: ModelId) -> None:
+        self._filler.start(origin, image, fill, model_id)
 
-def _read_snapshot(source: LocalSource) -> Snapshot:
-    files = DirectoryFiles(source.directory())
-    return read_snapshot(files, source.uri, source.identity())
+    def _stage_to_disk(self, model: ModelSpec) -> StageReport:
+        began = time.monotonic()
+        num_bytes = self._filler.fetch(self._look(model), self._stopping)
+        return StageReport(num_bytes, time.monotonic() - began)
 
+    def _evict_from_disk(self, model_id: ModelId) -> None:
+        uri, disk = self._sources.get(model_id), self._origins.disk
+        while uri and disk and (stored := self._origins.on_disk(uri)):
+            disk.evict(stored.listing.identity)
+            if self.listener:
+                self.listener.left_disk(model_id)
 
-def _open_local(uri: str, data_dir: Path) -> LocalSource:
-    source = open_source(uri, data_dir)
-    if not isinstance(source, DirectorySource):
-        raise SourceError(f"source {uri} is remote, which is not available in this version")
-    return source
+    def _on_disk(self, model_id: ModelId, num_bytes: int, seconds: float) -> None:
+        if self.listener:
+            self.listener.on_disk(model_id, num_bytes, seconds)
+
+    def _damaged(self, model_ids: tuple[ModelId, ...], message: str) -> None:
+        _log.error("%s; it is read again when it is needed", message)
+        if self.listener:
+            self.listener.damaged(model_ids, message)

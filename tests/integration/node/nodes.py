@@ -25,6 +25,7 @@ from flashserve.node.agent import Agent
 from flashserve.node.client import Node, RemoteNode
 from flashserve.node.server import NodeServer
 from flashserve.node.sockets import bind_unix_socket
+from flashserve.store.store import Store
 from flashserve.types import (
     ModelId,
     ModelSpec,
@@ -147,8 +148,7 @@ class Bench:
         return {worker.process.pid for worker in self.agent._pool._all}
 
     def num_leases(self) -> int:
-        images = self.agent._store._images.values()
-        return sum(image.leases.total() for image in images)
+        return sum(one.num_leases for one in self.agent._store.residents().values())
 
 
 async def read(batches: AsyncIterator[TokenBatch], tokens: list[TokenOutput]) -> None:
@@ -188,9 +188,12 @@ def fake_model(
 
 @contextlib.asynccontextmanager
 async def running_agent(
-    settings: Settings, worker_command: Sequence[str] = FAKE_WORKER
+    settings: Settings,
+    worker_command: Sequence[str] = FAKE_WORKER,
+    store: Store | None = None,
 ) -> AsyncIterator[Bench]:
-    agent, events = Agent(settings, worker_command=worker_command), Recorder()
+    agent = Agent(settings, store=store, worker_command=worker_command)
+    events = Recorder()
     await agent.start(events)
     try:
         yield Bench(agent, agent, events)

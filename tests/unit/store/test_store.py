@@ -23,9 +23,9 @@ from flashserve.errors import (
     SourceError,
     UnavailableError,
 )
-from flashserve.store import disk
+from flashserve.store import pipeline
 from flashserve.store.dram import EXTENT_ALIGNMENT as PAGE
-from flashserve.store.images import Flight
+from flashserve.store.reading import LocalReader
 from flashserve.store.store import Lease, StageReport, Store
 from flashserve.types import ModelId, ModelSpec, Tier
 
@@ -59,7 +59,7 @@ def test_staging_brings_the_file_into_dram(tmp_path, store, write_checkpoint):
     assert image_bytes(store, M)[: len(data)] == data
     assert store.tier(spec(directory)) is Tier.DRAM
     assert store.dram_bytes(M) == store.usage().used == PAGE
-    assert store.extent(M) == (0, PAGE)
+    assert store.extents(M) == ((0, PAGE),)
     store.verify(M)
 
 
@@ -80,7 +80,7 @@ def test_tensors_lie_in_the_arena_as_in_the_files(tmp_path, store, write_checkpo
 def test_a_hit_moves_nothing(tmp_path, store, write_checkpoint, monkeypatch):
     model = spec(write_checkpoint(tmp_path / "model"))
     store.stage(model, Tier.DRAM)
-    monkeypatch.setattr(disk, "read_image", None)
+    monkeypatch.setattr(LocalReader, "read", None)
     assert store.stage(model, Tier.DRAM) == StageReport()
 
 
@@ -90,7 +90,7 @@ def test_two_models_of_one_source_share_their_bytes(tmp_path, store, write_check
     store.stage(spec(directory), Tier.DRAM)
     assert store.stage(spec(tmp_path / "link", "other"), Tier.DRAM) == StageReport()
     assert store.usage().used == PAGE
-    assert store.extent(M) == store.extent(OTHER)
+    assert store.extents(M) == store.extents(OTHER)
     assert store.evict(M, Tier.DRAM) == 0
     assert store.tier(spec(directory)) is Tier.DISK
     store.verify(OTHER)
@@ -112,61 +112,51 @@ def test_other_tiers_cannot_be_staged_to(tmp_path, store, write_checkpoint, tier
 
 def test_many_callers_share_one_read(tmp_path, store, write_checkpoint, monkeypatch):
     directory = write_checkpoint(tmp_path / "model")
-    read_image, wait, num_reads = disk.read_image, Flight.wait, []
-    waiting = threading.Semaphore(0)
+    read, num_reads, held = LocalReader.read, [], threading.Semaphore(0)
 
-    def read_when_all_wait(*args, **options):
-        num_reads.append(1)
-        for _ in range(7):
-            waiting.acquire()
-        return read_image(*args, **options)
+    def read_when_all_hold(reader: LocalReader, begin: int, target: memoryview) -> None:
+        if len(target) == size:
+            num_reads.append(1)
+            for _ in range(8):
+                held.acquire()
+        read(reader, begin, target)
 
-    def count_and_wait(flight: Flight) -> None:
-        waiting.release()
-        wait(flight)
-
-    monkeypatch.setattr(disk, "read_image", read_when_all_wait)
-    monkeypatch.setattr(Flight, "wait", count_and_wait)
+    size = (directory / "model.safetensors").stat().st_size
+    monkeypatch.setattr(LocalReader, "read", read_when_all_hold)
     progress: list[tuple[int, int]] = []
 
     def stage(index: int) -> StageReport:
-        told = lambda *call: progress.append((index, *call))  # noqa: E731
-        return store.stage(spec(directory, f"m{index}"), Tier.DRAM, told)
+        model = spec(directory, f"m{index}")
+        with store._hold(model, lambda *call: progress.append((index, *call))) as lease:
+            held.release()
+            return lease.arrival.wait()
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         reports = list(pool.map(stage, range(8)))
     assert num_reads == [1]
-    size = (directory / "model.safetensors").stat().st_size
     assert sorted(report.num_bytes for report in reports) == [0] * 7 + [size]
     assert sorted(progress) == [(index, size, size) for index in range(8)]
     assert store.usage().used == PAGE
-    assert {store.extent(ModelId(f"m{index}")) for index in range(8)} == {(0, PAGE)}
+    assert {store.extents(ModelId(f"m{index}")) for index in range(8)} == {((0, PAGE),)}
 
 
 def test_everybody_hears_of_a_failed_read(tmp_path, store, write_checkpoint, monkeypatch):
     directory = write_checkpoint(tmp_path / "model")
-    entered, joined = threading.Event(), threading.Event()
-    wait = Flight.wait
+    may_fail = threading.Event()
 
-    def fail(*args, **options):
-        entered.set()
-        joined.wait()
+    def fail(*_: object) -> None:
+        may_fail.wait()
         raise SourceError("disk on fire")
 
-    def tell_and_wait(flight: Flight) -> None:
-        joined.set()
-        wait(flight)
-
-    monkeypatch.setattr(disk, "read_image", fail)
-    monkeypatch.setattr(Flight, "wait", tell_and_wait)
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        first = pool.submit(store.stage, spec(directory), Tier.DRAM)
-        entered.wait()
-        second = pool.submit(store.stage, spec(directory, "other"), Tier.DRAM)
-        errors = [first.exception(), second.exception()]
-    for error in errors:
-        assert isinstance(error, SourceError)
-        assert error.message == "disk on fire"
+    monkeypatch.setattr(LocalReader, "read", fail)
+    first, second = store.hold(spec(directory)), store.hold(spec(directory, "other"))
+    told: list[int] = []
+    second.arrival.subscribe(told.append)
+    may_fail.set()
+    for lease in (first, second):
+        with pytest.raises(SourceError, match="disk on fire"), lease:
+            lease.arrival.wait()
+    assert told == [0, -1]
     assert store.usage().used == 0
     assert store.tier(spec(directory)) is Tier.DISK
 
@@ -176,8 +166,8 @@ def test_a_failed_read_leaves_nothing_and_can_be_repeated(
 ):
     model = spec(write_checkpoint(tmp_path / "model"))
     with monkeypatch.context() as patch:
-        patch.setattr(disk, "checksum", lambda data: 1 // 0)
-        with pytest.raises(ZeroDivisionError):
+        patch.setattr(pipeline, "checksum", lambda data: 1 // 0)
+        with pytest.raises(InternalError, match="ZeroDivision"):
             store.stage(model, Tier.DRAM)
     assert store.usage().used == 0
     assert store.dram_bytes(M) == 0
@@ -185,14 +175,6 @@ def test_a_failed_read_leaves_nothing_and_can_be_repeated(
         store.lease(M)
     store.stage(model, Tier.DRAM)
     store.verify(M)
-
-
-def test_a_bug_under_a_read_is_told_to_those_who_wait():
-    flight = Flight()
-    flight.error = ZeroDivisionError("oops")
-    flight.landed.set()
-    with pytest.raises(InternalError, match="oops"):
-        flight.wait()
 
 
 def test_a_source_that_changed_is_read_again(tmp_path, store, write_checkpoint):
@@ -214,7 +196,7 @@ def test_old_bytes_stay_while_they_are_leased(tmp_path, store, write_checkpoint)
     write_checkpoint(directory, seed=2)
     store.stage(spec(directory), Tier.DRAM)
     assert store.usage().used == 2 * PAGE
-    assert store.extent(M)[0] != lease.offset
+    assert store.extents(M) != lease.extents
     with memoryview(store.arena._map) as memory:
         assert memory[lease.offset : lease.offset + len(old)] == old
     lease.release()
@@ -226,13 +208,13 @@ def test_a_source_that_changes_while_it_is_read_is_refused(
     tmp_path, store, write_checkpoint, monkeypatch
 ):
     directory = write_checkpoint(tmp_path / "model")
-    read_image = disk.read_image
+    read = LocalReader.read
 
-    def meddle(*args, **options):
-        os.utime(directory / "model.safetensors", ns=(1, 1))
-        return read_image(*args, **options)
+    def meddle(reader: LocalReader, *args: object) -> None:
+        read(reader, *args)
+        (directory / "tokenizer.json").write_text("{}")
 
-    monkeypatch.setattr(disk, "read_image", meddle)
+    monkeypatch.setattr(LocalReader, "read", meddle)
     with pytest.raises(CheckpointError, match="changed while it was read"):
         store.stage(spec(directory), Tier.DRAM)
     assert store.usage().used == 0
@@ -305,8 +287,8 @@ def test_damage_in_dram_is_found_and_named(tmp_path, store, write_checkpoint, tw
     store.verify(M)
     with store.lease(M) as lease:
         tensor = next(each for each in lease.tensors if each.name == "c")
-        with store.arena.memory(next(iter(store._images.values())).extent) as memory:
-            memory[tensor.offset - lease.offset] ^= 1
+        with memoryview(store.arena._map) as memory:
+            memory[tensor.offset] ^= 1
     with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors in DRAM is dam"):
         store.verify(M)
 
@@ -336,17 +318,17 @@ def test_a_closed_store_refuses_work_and_takes_back_leases(tmp_path, write_check
 
 
 def test_closing_ends_a_read_under_way(tmp_path, write_checkpoint, monkeypatch):
-    monkeypatch.setattr(disk, "CHUNK_BYTES", 1000)
     store = Store(tmp_path, 8 * PAGE, prefault=False)
     model = spec(write_checkpoint(tmp_path / "model", PAGE))
     entered = threading.Event()
 
-    def wait_for_close(*_: int) -> None:
+    def wait_for_close(*_: object) -> None:
         entered.set()
         store._stopping.wait()
 
+    monkeypatch.setattr(LocalReader, "read", wait_for_close)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        staging = pool.submit(store.stage, model, Tier.DRAM, wait_for_close)
+        staging = pool.submit(store.stage, model, Tier.DRAM)
         entered.wait()
         store.close()
         with pytest.raises(UnavailableError, match="closing"):
@@ -354,7 +336,7 @@ def test_closing_ends_a_read_under_way(tmp_path, write_checkpoint, monkeypatch):
 
 
 def test_the_store_needs_no_tensor_library():
-    modules = ["store", "layout", "source", "snapshot", "disk", "dram", "demo"]
+    modules = ["store", "layout", "source", "snapshot", "pipeline", "dram", "demo"]
     code = "import sys, json\n"
     code += "".join(f"import flashserve.store.{name}\n" for name in modules)
     code += "print(json.dumps(sorted({'torch', 'transformers'} & set(sys.modules))))"
@@ -471,8 +453,8 @@ class StoreMachine(hypothesis.stateful.RuleBasedStateMachine):
     def memory_is_conserved(self) -> None:
         usage = self.store.usage()
         assert usage.used + usage.free == usage.total
-        images = {self.store.extent(name) for name in self.staged}
-        images |= {(lease.offset, lease.num_bytes) for lease, _ in self.leases}
+        images = {extent for name in self.staged for extent in self.store.extents(name)}
+        images |= {extent for lease, _ in self.leases for extent in lease.extents}
         assert usage.used == sum(num_bytes for _, num_bytes in images)
 
 

@@ -1,0 +1,99 @@
+"""Looks after the bytes in DRAM: compares them with their checksums, and withdraws damaged ones."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from flashserve.errors import CheckpointError
+from flashserve.store.dram import Arena
+from flashserve.store.images import FileImage, Image
+from flashserve.store.listing import CHUNK_BYTES
+from flashserve.store.pipeline import checksum
+from flashserve.store.scrub import Scrubber, ScrubPiece
+from flashserve.store.shelf import Shelf
+from flashserve.types import ModelId
+
+Damaged = Callable[[tuple[ModelId, ...], str], None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Place:
+    file: FileImage
+    index: int
+
+
+class Guard:
+    """Scrubs all whole files in turn, in the background, unless the rate is 0.
+
+    Args:
+        damaged: told the models that had damaged bytes, which are withdrawn by then.
+    """
+
+    def __init__(self, shelf: Shelf, arena: Arena, rate_bytes_per_s: int, damaged: Damaged) -> None:
+        self._shelf = shelf
+        self._arena = arena
+        self._damaged = damaged
+        self._round: Iterator[_Place] = iter(())
+        self._scrubber: Scrubber[_Place] | None = None
+        if rate_bytes_per_s:
+            self._scrubber = Scrubber(self.next_piece, rate_bytes_per_s, self.found)
+            self._scrubber.start()
+
+    def close(self) -> None:
+        if self._scrubber:
+            self._scrubber.stop()
+
+    def verify(self, image: Image) -> None:
+        """Compares all chunks of a leased image.
+
+        Raises:
+            CheckpointError: one is damaged, and withdrawn.
+        """
+        for file in image.files:
+            for index in range(file.file.num_chunks):
+                with self._arena.memory(file.extent) as memory, _chunk(memory, file, index) as data:
+                    is_good = checksum(data) == file.checksums[index]
+                if not is_good:
+                    raise CheckpointError(self._withdraw(_Place(file, index)))
+
+    def next_piece(self) -> ScrubPiece[_Place] | None:
+        """The next chunk of a round through all files; None at the end of a round."""
+        for place in self._round:
+            if self._shelf.try_pin(place.file):
+                return ScrubPiece(self._pinned(place), place.file.checksums[place.index], place)
+        files = self._shelf.files()
+        self._round = (
+            _Place(file, index) for file in files for index in range(file.file.num_chunks)
+        )
+        return None
+
+    def found(self, place: _Place) -> None:
+        """A piece is damaged."""
+        self._withdraw(place)
+
+    @contextlib.contextmanager
+    def _pinned(self, place: _Place) -> Iterator[memoryview]:
+        try:
+            with (
+                self._arena.memory(place.file.extent) as memory,
+                _chunk(memory, place.file, place.index) as data,
+            ):
+                yield data
+        finally:
+            self._shelf.unpin(place.file)
+
+    def _withdraw(self, place: _Place) -> str:
+        file, begin = place.file, place.index * CHUNK_BYTES
+        message = (
+            f"the copy of {file.path} in DRAM is damaged between its bytes {begin} and "
+            f"{begin + file.chunk_bytes(place.index)}"
+        )
+        self._damaged(self._shelf.quarantine(file), message)
+        return message
+
+
+def _chunk(memory: memoryview, file: FileImage, index: int) -> memoryview:
+    begin = index * CHUNK_BYTES
+    return memory[begin : begin + file.chunk_bytes(index)]

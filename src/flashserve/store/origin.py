@@ -1,0 +1,303 @@
+"""Everything below DRAM: sources, the disk tier between, and how a checkpoint comes out of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import secrets
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from flashserve.config import StoreSettings
+from flashserve.errors import CheckpointError, ConflictError, FlashServeError, SourceError
+from flashserve.store.disktier import DiskTier
+from flashserve.store.files import CheckpointFiles, DirectoryFiles, is_small
+from flashserve.store.incoming import Incoming
+from flashserve.store.listed import ListedFiles
+from flashserve.store.listing import CHUNK_BYTES, FileReader, Listing, Source, SourceFile
+from flashserve.store.local import DirectorySource
+from flashserve.store.manifest import Stored, key_of
+from flashserve.store.pipeline import FileLoad, load
+from flashserve.store.rate import RateLimit
+from flashserve.store.reading import LocalReader
+from flashserve.store.snapshot import Snapshot, read_snapshot
+from flashserve.store.source import open_source
+from flashserve.types import Tier
+
+_log = logging.getLogger(__name__)
+
+OnChunk = Callable[[int, memoryview, int], None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Origin:
+    """One version of a checkpoint, and the nearest place that has it.
+
+    stored: its copy in the disk tier, None where there is none, or none is needed.
+    """
+
+    source: Source
+    listing: Listing
+    stored: Stored | None
+
+    @property
+    def is_remote(self) -> bool:
+        return self.source.lowest_tier is Tier.REMOTE
+
+    def file(self, name: str) -> SourceFile:
+        for file in self.listing.files:
+            if file.name == name:
+                return file
+        raise CheckpointError(f"{self.listing.uri}/{name} is missing")
+
+
+class Origins:
+    """Finds checkpoints, and opens their files for the pipeline. Thread-safe."""
+
+    def __init__(self, data_dir: Path, settings: StoreSettings) -> None:
+        self._data_dir = data_dir
+        self._settings = settings
+        self._disk_limit = RateLimit(settings.disk_bytes_per_s)
+        self.disk = _open_disk(data_dir / "store", settings)
+
+    def close(self) -> None:
+        if self.disk is not None:
+            self.disk.close()
+
+    def look(self, uri: str) -> Origin:
+        """Asks the source what it holds now; where it cannot be reached, what is on disk of it
+        will do.
+
+        Raises:
+            SourceError, CheckpointError: it cannot be had.
+        """
+        source = open_source(uri, self._data_dir, self._settings)
+        if source.lowest_tier is not Tier.REMOTE:
+            return Origin(source, source.listing(), None)
+        try:
+            listing = source.listing()
+        except SourceError as error:
+            if stored := self.on_disk(uri):
+                _log.warning("%s: serving the copy on disk: %s", uri, error.message)
+                return Origin(source, stored.listing, stored)
+            raise
+        return Origin(source, listing, self.disk.find(listing.identity) if self.disk else None)
+
+    def on_disk(self, uri: str) -> Stored | None:
+        """The newest whole copy of a remote source in the disk tier."""
+        if self.disk is None:
+            return None
+        found = [each for each in self.disk.checkpoints() if each.listing.uri == uri]
+        return found[-1] if found else None
+
+    def snapshot(self, origin: Origin) -> Snapshot:
+        """Config, layout, and a directory with the small files. Moves no weights."""
+        files: CheckpointFiles
+        if isinstance(origin.source, DirectorySource):
+            files = DirectoryFiles(origin.source.directory())
+        else:
+            files = ListedFiles(origin.source, origin.listing, self._small_files(origin))
+            if origin.stored is not None:
+                files = _StoredFiles(origin.stored.directory, files.directory)
+        return read_snapshot(files, origin.listing.uri, origin.listing.identity)
+
+    def known(self, file: SourceFile) -> dict[int, int]:
+        """Checksums that an earlier read of a local file took."""
+        checksums = self.disk.recall(file.identity) if self.disk else None
+        return dict(enumerate(checksums or ()))
+
+    def remember(self, file: SourceFile, checksums: tuple[int, ...]) -> None:
+        if self.disk is not None:
+            self.disk.remember(file.identity, checksums)
+
+    @contextlib.contextmanager
+    def pinned(self, origin: Origin) -> Iterator[None]:
+        """Keeps the copy on disk while it is read."""
+        if origin.stored is None or self.disk is None:
+            yield
+            return
+        self.disk.pin(origin.listing.identity)
+        try:
+            yield
+        finally:
+            self.disk.unpin(origin.listing.identity)
+
+    def begin(self, origin: Origin) -> Incoming | None:
+        """A place on disk for a remote checkpoint, with its small files in it; None where it is
+        there, being written, or not wanted.
+
+        Raises:
+            UnavailableError: the disk tier has no room.
+        """
+        if self.disk is None or not origin.is_remote or origin.stored is not None:
+            return None
+        with contextlib.suppress(ConflictError):
+            incoming = self.disk.begin(origin.listing)
+            try:
+                directory = self._small_files(origin)
+                for file in filter(lambda each: is_small(each.name), origin.listing.files):
+                    incoming.put(file.name, (directory / file.name).read_bytes())
+            except BaseException:
+                incoming.close()
+                raise
+            return incoming
+        return None
+
+    def file_load(
+        self,
+        origin: Origin,
+        file: SourceFile,
+        memory: memoryview | None,
+        on_chunk: OnChunk,
+        incoming: Incoming | None,
+        readers: contextlib.ExitStack,
+    ) -> FileLoad:
+        """How one file is read from the nearest place; its readers close with `readers`."""
+        path, again = f"{origin.listing.uri.rstrip('/')}/{file.name}", None
+        reader: FileReader
+        if origin.stored is not None:
+            directory, known = origin.stored.directory, origin.stored.checksums[file.name]
+            reader = LocalReader(directory, file, self._settings)
+            path, again = str(directory / file.name), lambda: origin.source.open(file)
+            loaded = FileLoad(
+                path,
+                file.num_bytes,
+                reader,
+                memory,
+                on_chunk,
+                dict(enumerate(known)),
+                again,
+                self._disk_limit.take,
+            )
+        elif not origin.is_remote:
+            reader = origin.source.open(file)
+            loaded = FileLoad(
+                path,
+                file.num_bytes,
+                reader,
+                memory,
+                on_chunk,
+                self.known(file),
+                None,
+                self._disk_limit.take,
+            )
+        else:
+            done = incoming.done(file.name) if incoming else {}
+            reader = origin.source.open(file)
+            if incoming and done:
+                reader = _Resumed(reader, incoming, file, done)
+            loaded = FileLoad(path, file.num_bytes, reader, memory, on_chunk)
+        readers.callback(reader.close)
+        return loaded
+
+    def fetch(self, origin: Origin, incoming: Incoming, stopping: threading.Event) -> None:
+        """Brings what is missing of a remote checkpoint to disk, and to no other place.
+
+        Raises:
+            FlashServeError: it cannot be read or written; what is there can be resumed.
+        """
+        weights = [file for file in origin.listing.files if not is_small(file.name)]
+        with contextlib.ExitStack() as readers:
+            files, order = [], []
+            for number, file in enumerate(weights):
+                done = incoming.done(file.name)
+
+                def write(
+                    index: int, data: memoryview, checksum: int, name: str = file.name
+                ) -> None:
+                    incoming.write_chunk(name, index, data, checksum)
+
+                files.append(self.file_load(origin, file, None, write, None, readers))
+                order += [(number, n) for n in range(file.num_chunks) if n not in done]
+            num_threads = self._settings.remote_connections
+            load(files, order, num_threads=num_threads, stopping=stopping)
+        incoming.complete()
+
+    def _small_files(self, origin: Origin) -> Path:
+        """A directory with config, tokenizer and the like of a remote checkpoint.
+
+        It stays where it is, whatever becomes of the weights on disk: tokenizers are read from it.
+        """
+        directory = self._data_dir / "snapshots" / key_of(origin.listing.identity)
+        if directory.is_dir():
+            return directory
+        directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        partial = directory.with_name(f".{secrets.token_hex(8)}.partial")
+        partial.mkdir(mode=0o700)
+        try:
+            for file in filter(lambda each: is_small(each.name), origin.listing.files):
+                data = bytearray(file.num_bytes)
+                reader = self._open(origin, file)
+                try:
+                    if data:
+                        reader.read(0, memoryview(data))
+                finally:
+                    reader.close()
+                (partial / file.name).write_bytes(data)
+            with contextlib.suppress(OSError):  # somebody else was faster, with the same bytes
+                partial.rename(directory)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return directory
+
+    def _open(self, origin: Origin, file: SourceFile) -> FileReader:
+        if origin.stored is not None:
+            return LocalReader(origin.stored.directory, file, self._settings)
+        return origin.source.open(file)
+
+
+class _StoredFiles:
+    """A checkpoint of the disk tier; `directory` is where its small files stay for good."""
+
+    def __init__(self, stored: Path, directory: Path) -> None:
+        self.directory = directory
+        self.place = str(stored)
+        self._files = DirectoryFiles(stored)
+
+    def names(self) -> tuple[str, ...]:
+        return self._files.names()
+
+    def open(self, name: str) -> tuple[BinaryIO, int]:
+        return self._files.open(name)
+
+
+class _Resumed:
+    """Reads the chunks that are on disk already from there, and the others from their source."""
+
+    def __init__(
+        self, reader: FileReader, incoming: Incoming, file: SourceFile, done: dict[int, int]
+    ) -> None:
+        self.preferred_bytes = CHUNK_BYTES
+        self.preferred_threads = reader.preferred_threads
+        self._reader = reader
+        self._incoming = incoming
+        self._file = file
+        self._done = done
+
+    def read(self, begin: int, target: memoryview) -> None:
+        index = begin // CHUNK_BYTES
+        if index in self._done:
+            try:
+                self._incoming.read_chunk(self._file.name, index, target)
+            except FlashServeError as error:
+                _log.warning("%s; fetched again", error.message)
+            else:
+                return
+        self._reader.read(begin, target)
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+def _open_disk(root: Path, settings: StoreSettings) -> DiskTier | None:
+    """None where another process has it: this one then reads every source itself."""
+    try:
+        root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return DiskTier(root, settings.disk_bytes)
+    except ConflictError as error:
+        _log.info("no disk tier: %s", error.message)
+        return None
