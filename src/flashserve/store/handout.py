@@ -11,6 +11,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import os
 import socket
 import struct
@@ -34,9 +35,9 @@ from flashserve.messages.handout import MAX_REQUEST_BYTES, METHOD, HandoutReques
 from flashserve.store.copies import ModelCopy, copy_lease, read_copy, reading_store
 from flashserve.store.files import one_line, shown
 from flashserve.store.snapshot import Snapshot
-from flashserve.store.source import scheme_of
+from flashserve.store.source import open_source, scheme_of
 from flashserve.store.store import Lease, Store
-from flashserve.types import ModelId, ModelSpec
+from flashserve.types import ModelId, ModelSpec, Tier
 
 _REQUEST_TIMEOUT_S = 5.0
 _ANSWER_TIMEOUT_S = 30.0
@@ -89,6 +90,7 @@ class Handout:
         self._executor = concurrent.futures.ThreadPoolExecutor(_NUM_THREADS, "handout")
         self._accepting: asyncio.Task[None] | None = None
         self._clients: set[asyncio.Task[None]] = set()
+        self._numbers = itertools.count()
         self._making: set[asyncio.Task[ModelCopy]] = set()
         self._reading: set[Store] = set()
 
@@ -205,10 +207,15 @@ class Handout:
             raise InternalError(f"the copy failed: {one_line(error)}") from error
 
     def _make_in_thread(self, snapshot: Snapshot, models: _Models) -> ModelCopy:
-        """From the arena if the bytes are there, else from the source: the arena is not ours."""
+        """From the arena if the bytes are there, else from the source: the arena's room belongs
+        to who serves. What is remote passes through it, because the disk tier is behind it.
+        """
         if lease := self._resident(snapshot.identity, models):
             with lease:
                 return copy_lease(lease, self._store.arena)
+        if open_source(snapshot.uri, self._data_dir).lowest_tier is Tier.REMOTE:
+            with contextlib.suppress(UnavailableError):  # it has no room now
+                return self._through_arena(snapshot.uri)
         store = reading_store(self._data_dir)
         self._reading.add(store)
         try:
@@ -216,6 +223,15 @@ class Handout:
         finally:
             self._reading.discard(store)
             store.close()
+
+    def _through_arena(self, uri: str) -> ModelCopy:
+        model = ModelSpec(ModelId(f"#handout-{next(self._numbers)}"), uri, 0)  # nobody's name
+        try:
+            self._store.stage(model, Tier.DRAM)
+            with self._store.lease(model.model_id) as lease:
+                return copy_lease(lease, self._store.arena)
+        finally:
+            self._store.forget(model.model_id)
 
     def _resident(self, identity: str, models: _Models) -> Lease | None:
         for model_id in models:
