@@ -63,15 +63,25 @@ class LocalReader:
     def read(self, begin: int, target: memoryview) -> None:
         """Fills `target` with the bytes from `begin`; writes nothing beyond its end.
 
+        A read that must not wait still starts readahead where it finds a hole, of as much as it
+        asked for, and would bring in behind our back what is then read past the cache. So one page
+        of the middle is asked for first (the pages before it tell the kernel nothing of a
+        sequential reader), and forgotten again if it was not there, lest it mislead the next read.
+
         Raises:
             CheckpointError: the file changed since it was opened.
             SourceError: it cannot be read.
         """
         try:
-            done = self._read_cached(begin, target)
+            probe = len(target) // 2 // _ALIGNMENT * _ALIGNMENT
+            with target[probe : probe + _ALIGNMENT] as page:
+                is_cached = self._read_at_once(begin + probe, page) > 0
+            done = self._read_cached(begin, target) if is_cached else 0
             done = self._read_direct(begin, target, done)
             self._read_buffered(begin, target, done)
             self._check_same()
+            if not is_cached:
+                self._forget(begin + probe)
         except OSError as error:
             raise SourceError(f"{self._path} cannot be read: {one_line(error)}") from None
 
@@ -83,18 +93,7 @@ class LocalReader:
         self._file.close()
 
     def _read_cached(self, begin: int, target: memoryview) -> int:
-        """Takes what the page cache has, up to the first hole; how many bytes that were.
-
-        A read that must not wait still starts readahead where it finds a hole, of as much as it
-        asked for, and would bring in behind our back what is then read past the cache. So one page
-        of the middle is asked for first (the pages before it tell the kernel nothing of a
-        sequential reader), and forgotten again when it was not there.
-        """
-        probe = len(target) // 2 // _ALIGNMENT * _ALIGNMENT
-        with target[probe : probe + _ALIGNMENT] as page:
-            if not self._read_at_once(begin + probe, page):
-                os.posix_fadvise(self._buffered, begin + probe, _ALIGNMENT, os.POSIX_FADV_DONTNEED)
-                return 0
+        """Takes what the page cache has, up to the first hole; how many bytes that were."""
         done = 0
         while done < len(target):
             with target[done:] as rest:
@@ -142,6 +141,9 @@ class LocalReader:
                     f"{self._path} became shorter while it was read, at byte {begin + done}"
                 )
             done += count
+
+    def _forget(self, position: int) -> None:
+        os.posix_fadvise(self._buffered, position, _ALIGNMENT, os.POSIX_FADV_DONTNEED)
 
     def _check_listed(self, directory: Path, file: SourceFile) -> None:
         if self._status.st_size != file.num_bytes:
