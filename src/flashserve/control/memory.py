@@ -126,6 +126,8 @@ def evicted(state: State, event: Evicted) -> list[Command]:
     if num_unanswered := node.unanswered_evicts.pop(event.model_id, 0):
         if num_unanswered > 1:
             node.unanswered_evicts[event.model_id] = num_unanswered - 1
+    elif model and event.tier is Tier.DISK:
+        state.set_fetched(node, model, False)
     elif model and not node.replicas_of(model):
         state.drop_bytes(node, event.model_id)
     return []

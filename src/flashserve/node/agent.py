@@ -33,6 +33,7 @@ from flashserve.node.client import ModelResidence, NodeStats
 from flashserve.node.describing import describe
 from flashserve.node.handing import HandoutSocket
 from flashserve.node.hints import Hints
+from flashserve.node.listening import StoreNews
 from flashserve.node.pool import WorkerPool
 from flashserve.node.process import WORKER_COMMAND, threads_per_worker
 from flashserve.node.replica import Replica, staged_events
@@ -175,11 +176,18 @@ class Agent:
         node = self._settings.node
         if self._given_store is None:
             self._store = await asyncio.to_thread(
-                Store, self._settings.data_dir, node.dram_bytes, node.prefault
+                Store,
+                self._settings.data_dir,
+                node.dram_bytes,
+                node.prefault,
+                self._settings.store,
             )
         else:
             self._store = self._given_store
-        self._queue = StoreQueue(self._store)
+        self._store.listener = StoreNews(self._damaged, self._come_to_disk, self._left_disk)
+        self._queue = StoreQueue(
+            self._store, execute_while_loading=self._settings.store.execute_while_loading
+        )
         self.spec = dataclasses.replace(self.spec, dram_bytes=self._store.usage().total)
         arena = self._store.arena
         self._pool = WorkerPool(
@@ -239,10 +247,12 @@ class Agent:
         except Exception as error:
             self._stage_failed(order, error)
             return
-        events = staged_events(order.node_id, order.model, staged.report)
-        if not events:  # the bytes were there, or a tier below DRAM was wanted
-            fetch_s = staged.report.fetch_s if order.tier is Tier.DISK else 0.0
-            events = [Staged(order.node_id, model_id, order.tier, 0, fetch_s)]
+        report = staged.report
+        if order.tier is Tier.DISK:
+            events = [Staged(order.node_id, model_id, Tier.DISK, report.num_bytes, report.fetch_s)]
+        else:  # without bytes moved, they were there
+            events = staged_events(order.node_id, order.model, report)
+            events = events or [Staged(order.node_id, model_id, order.tier, 0, 0.0)]
         for event in events:
             self._emit(event)
         if staged.hint is not None:
@@ -280,6 +290,23 @@ class Agent:
     def _end(self, replica: Replica) -> asyncio.Task[None]:
         replica.stop()
         return replica.task
+
+    # What happens in the store by itself
+
+    def _damaged(self, model_ids: tuple[ModelId, ...], message: str) -> None:
+        """Replicas of damaged bytes end; their requests go on with what is read anew."""
+        for replica in list(self._replicas.values()):
+            if replica.order.model.model_id in model_ids:
+                replica.spoil(message)
+        for model_id in model_ids:
+            self._hints.forget(model_id, self._pool.ready)
+            self._emit(Evicted(self.spec.node_id, model_id, Tier.DRAM))
+
+    def _come_to_disk(self, model_id: ModelId, num_bytes: int, seconds: float) -> None:
+        self._emit(Staged(self.spec.node_id, model_id, Tier.DISK, num_bytes, seconds))
+
+    def _left_disk(self, model_id: ModelId) -> None:
+        self._emit(Evicted(self.spec.node_id, model_id, Tier.DISK))
 
     # Workers
 

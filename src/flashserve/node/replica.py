@@ -109,7 +109,6 @@ class Replica:
         if not self.is_ending:
             self.is_spoilt = True
             self._emit(ReplicaLost(*self._names(), reason))
-            self._emit(Evicted(self.order.node_id, self.order.model.model_id, Tier.DRAM))
             self._end(None)
 
     def stream(self, job: GenerateJob) -> ItemStream[TokenBatch]:
@@ -148,7 +147,7 @@ class Replica:
     async def _start(self) -> ReplicaReady:
         held = await self._operation.result()
         held_at = time.monotonic()
-        self._landing = landing = Landing(held.arrival, self._relay)
+        self._landing = landing = Landing(held.lease.arrival, self._relay)
         landing.report.add_done_callback(lambda report: self._landed(held, report))
         worker = await asyncio.shield(self._claim)
         order = held.load_order(landing.num_open)
@@ -208,6 +207,7 @@ class Replica:
             failed = ArrivalFailed(self.order.model.model_id, error.code, error.message)
             worker.channel.notify("failed", failed)
         self.spoil(error.message)
+        self._emit(Evicted(self.order.node_id, self.order.model.model_id, Tier.DRAM))
 
     async def _give_back(self) -> None:
         if (worker := self.worker) and self._was_told_to_load:
@@ -240,12 +240,10 @@ async def _empty(worker: Worker) -> None:
 
 
 def staged_events(node_id: NodeId, model: ModelSpec, report: StageReport) -> list[Staged]:
-    """One event for each tier that bytes were moved into, with what it took."""
+    """That bytes have come into DRAM, if any were moved, and what it took from disk.
+
+    What is fetched comes to disk behind that; the store tells when it has (listening.py).
+    """
     if not report.num_bytes:
         return []
-    moved = [(Tier.DRAM, report.dram_s)]
-    if model.lowest_tier is Tier.REMOTE:
-        moved.insert(0, (Tier.DISK, report.fetch_s))
-    return [
-        Staged(node_id, model.model_id, tier, report.num_bytes, seconds) for tier, seconds in moved
-    ]
+    return [Staged(node_id, model.model_id, Tier.DRAM, report.num_bytes, report.dram_s)]

@@ -111,6 +111,8 @@ class Serving:
         """Generate calls that `_accept` could not queue; the loop, which alone sends, answers."""
         self._lock = threading.Lock()
         """Held while the engine is made, emptied or freed, and while a sequence is added."""
+        self._arrival_error: FlashServeError | None = None
+        """Why bytes of the loaded model will never come."""
         self._may_work_ahead = False
 
     def run(self) -> None:
@@ -179,7 +181,8 @@ class Serving:
                 self._host.opened(wire.unpack(body, Opened))
             case Notice("failed", body):
                 failed = wire.unpack(body, ArrivalFailed)
-                self._host.fail_arrival(error_from_code(failed.code, failed.message))
+                self._arrival_error = error_from_code(failed.code, failed.message)
+                self._host.fail_arrival(self._arrival_error)
 
     def _closed(self) -> None:
         """The connection has ended; the loop hears of it from `poll`, after its step."""
@@ -223,11 +226,13 @@ class Serving:
             raise
 
     def _unload(self) -> None:
+        error = self._arrival_error or ReplicaError("the replica was stopped")
         with self._lock:
             for stream in list(self._streams.values()):
                 self._abort(stream)
-                self._link.send(Fault(stream.call_id, ReplicaError.code, "the replica was stopped"))
+                self._link.send(Fault(stream.call_id, error.code, error.message))
             self._host.unload()
+            self._arrival_error = None
         self._may_work_ahead = True
 
     def _stats(self) -> WorkerStats:

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
 from flashserve.messages.work import LoadModel, Prepare
-from flashserve.store import store
-from flashserve.store.arrival import Arrival, StageReport
+from flashserve.store.arrival import StageReport
 from flashserve.store.store import Lease, Store
 from flashserve.types import ModelId, ModelSpec, Tier
 
@@ -35,7 +34,6 @@ class StagedModel:
 class HeldModel:
     """A model whose bytes are in DRAM, or on their way; its place is kept until `lease` ends."""
 
-    arrival: Arrival
     hint: Prepare
     lease: Lease
 
@@ -46,7 +44,7 @@ class HeldModel:
             snapshot.config,
             snapshot.generation_config,
             self.lease.tensors,
-            self.arrival.num_groups,
+            self.lease.arrival.num_groups,
             num_open,
         )
 
@@ -78,10 +76,15 @@ class Operation(Generic[T]):
 
 
 class StoreQueue:
-    """The store's operations, each in a thread, in order."""
+    """The store's operations, each in a thread, in order.
 
-    def __init__(self, store: Store) -> None:
+    Args:
+        execute_while_loading: hold a model as soon as its bytes begin to arrive.
+    """
+
+    def __init__(self, store: Store, *, execute_while_loading: bool) -> None:
         self._store = store
+        self._execute_while_loading = execute_while_loading
         self._executor = concurrent.futures.ThreadPoolExecutor(_NUM_THREADS, "store")
         self._of_model: collections.defaultdict[ModelId, set[asyncio.Task[Any]]]
         self._of_model = collections.defaultdict(set)
@@ -120,16 +123,21 @@ class StoreQueue:
         await asyncio.to_thread(self._executor.shutdown, wait=True, cancel_futures=True)
 
     def _stage(self, model: ModelSpec, tier: Tier) -> StagedModel:
-        report = _report(self._store.stage(model, tier))
+        report = self._store.stage(model, tier)
         if tier is not Tier.DRAM:
             return StagedModel(report, None)
         with self._store.lease(model.model_id) as lease:
             return StagedModel(report, _hint(lease))
 
     def _hold(self, model: ModelSpec) -> HeldModel:
-        report = _report(self._store.stage(model, Tier.DRAM))
-        lease = self._store.lease(model.model_id)
-        return HeldModel(Arrival((), report=lambda _: report), _hint(lease), lease)
+        lease = self._store.hold(model)
+        try:
+            if not self._execute_while_loading:
+                lease.arrival.wait()
+        except BaseException:
+            lease.release()
+            raise
+        return HeldModel(_hint(lease), lease)
 
     def _submit(
         self, model: ModelSpec, work: Callable[[], T], after: Iterable[asyncio.Task[Any]]
@@ -152,9 +160,5 @@ class StoreQueue:
         return await self.run(work)
 
 
-def _report(moved: store.StageReport) -> StageReport:
-    return StageReport(moved.num_bytes, moved.fetch_s, moved.dram_s)
-
-
 def _hint(lease: Lease) -> Prepare:
-    return Prepare(((lease.offset, lease.num_bytes),), lease.snapshot.config, lease.tensors)
+    return Prepare(lease.extents, lease.snapshot.config, lease.tensors)
