@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashserve.errors import CheckpointError, UnsupportedModelError
@@ -50,6 +50,7 @@ def checkpoints(draw):
     return tensors, groups, parts, boundaries, offset
 
 
+@settings(deadline=None)
 @given(checkpoints())
 def test_the_region_holds_exactly_the_wanted_bytes(given_):
     tensors, groups, parts, boundaries, num_bytes = given_
@@ -69,6 +70,7 @@ def test_the_region_holds_exactly_the_wanted_bytes(given_):
         assert place.offset % 16 == 0
 
 
+@settings(deadline=None)
 @given(checkpoints())
 def test_copies_cross_no_boundary_and_targets_do_not_overlap(given_):
     tensors, groups, parts, boundaries, num_bytes = given_
@@ -82,6 +84,7 @@ def test_copies_cross_no_boundary_and_targets_do_not_overlap(given_):
         assert end <= begin
 
 
+@settings(deadline=None)
 @given(checkpoints(), st.integers(0, 1000))
 def test_the_layout_stays_when_the_arena_moves_the_tensors(given_, shift):
     tensors, groups, parts, _, num_bytes = given_

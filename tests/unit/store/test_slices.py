@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashserve.errors import UnsupportedModelError
@@ -27,6 +27,7 @@ def taken(tensor: torch.Tensor, part: Part) -> torch.Tensor:
     return torch.frombuffer(bytearray(b"".join(rows)), dtype=tensor.dtype).view(part.shape)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_cut_is_what_torch_slices(data):
     shape = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4))
@@ -38,6 +39,7 @@ def test_a_cut_is_what_torch_slices(data):
     assert torch.equal(taken(tensor, part), tensor.narrow(dim, begin, end - begin))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.sampled_from(["up", "down"]))
 def test_the_ranks_together_hold_everything_once(num_ranks, rows, columns, name):
     tensor = torch.arange(num_ranks**2 * rows * columns, dtype=torch.int32)
