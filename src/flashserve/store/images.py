@@ -11,6 +11,7 @@ from flashserve.store.arrival import Arrival, StageReport
 from flashserve.store.dram import Extent
 from flashserve.store.listing import CHUNK_BYTES, SourceFile
 from flashserve.store.order import ChunkPlace, chunk_order
+from flashserve.store.order import groups as groups_of
 from flashserve.store.snapshot import Snapshot
 from flashserve.types import ModelId, TensorSlice
 
@@ -90,12 +91,14 @@ class Image:
     snapshot: Snapshot
     files: tuple[FileImage, ...]
     order: tuple[ChunkPlace, ...]
+    num_groups: int
     models: set[ModelId] = dataclasses.field(default_factory=set)
     leases: collections.Counter[ModelId] = dataclasses.field(default_factory=collections.Counter)
 
     @classmethod
     def make(cls, snapshot: Snapshot, files: tuple[FileImage, ...]) -> Image:
-        return cls(snapshot.identity, snapshot, files, chunk_order(snapshot.layout))
+        num_groups = len(groups_of(tensor.name for tensor in snapshot.layout.tensors))
+        return cls(snapshot.identity, snapshot, files, chunk_order(snapshot.layout), num_groups)
 
     @property
     def is_whole(self) -> bool:
@@ -125,16 +128,15 @@ class Image:
 
     def arrival(self, report: Callable[[float], StageReport]) -> Arrival:
         """Follows all chunks of all files from now on; `report` as for Arrival."""
-        num_groups = self.order[-1].group + 1
-        pending = [0] * num_groups
-        groups = [[0] * file.file.num_chunks for file in self.files]
+        pending = [0] * self.num_groups
+        group_of = [[0] * file.file.num_chunks for file in self.files]
         for place in self.order:
             pending[place.group] += 1
-            groups[place.file_index][place.index] = place.group
+            group_of[place.file_index][place.index] = place.group
         pending[-1] += len(self.files)
         arrival = Arrival(pending, num_bytes=self.snapshot.size_bytes, report=report)
-        for file, of_chunks in zip(self.files, groups, strict=True):
-            file.watch(arrival, (*of_chunks, num_groups - 1))
+        for file, of_chunks in zip(self.files, group_of, strict=True):
+            file.watch(arrival, (*of_chunks, self.num_groups - 1))
         return arrival
 
 

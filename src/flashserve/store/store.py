@@ -112,7 +112,7 @@ class Store:
         """
         settings = settings or StoreSettings()
         self.listener: StoreListener | None = None
-        self.arena = Arena(dram_bytes, prefault=prefault)
+        self.arena = Arena(dram_bytes, prefault=prefault, huge_pages=settings.huge_pages)
         self._origins = Origins(data_dir, settings)
         self._shelf = Shelf(self.arena)
         self._guard = Guard(self._shelf, self.arena, settings.scrub_bytes_per_s, self._damaged)
@@ -190,7 +190,7 @@ class Store:
             ConflictError: the model is not in DRAM.
         """
         image = self._shelf.lease(model_id)
-        return Lease(self._shelf, image, model_id, Arrival([0] * (image.order[-1].group + 1)))
+        return Lease(self._shelf, image, model_id, Arrival([0] * image.num_groups))
 
     def tensors(self, model_id: ModelId) -> tuple[TensorSlice, ...]:
         """Where each tensor lies in the arena; holds only as long as the model is leased.

@@ -1,0 +1,296 @@
+"""The whole store over a remote source: to DRAM, to disk behind it, and back after a restart."""
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from flashserve.config import StoreSettings
+from flashserve.errors import CheckpointError, ConflictError, SourceError, UnavailableError
+from flashserve.store import origin
+from flashserve.store.listing import CHUNK_BYTES, Listing, SourceFile
+from flashserve.store.local import DirectorySource, list_directory
+from flashserve.store.store import Store
+from flashserve.types import ModelId, ModelSpec, Tier
+
+pytestmark = pytest.mark.integration
+
+MIB = 1 << 20
+M = ModelId("m")
+URI = "s3://bucket/m"
+SETTINGS = StoreSettings(scrub_bytes_per_s=0, disk_bytes=200 * MIB)
+
+
+class FakeRemote:
+    """A remote source over a directory, which can go away, tear off, and counts its reads."""
+
+    lowest_tier = Tier.REMOTE
+
+    def __init__(self, uri: str, directory: Path) -> None:
+        self.uri = uri
+        self.directory = directory
+        self.is_up = True
+        self.fails_at: int | None = None
+        self.reads: list[tuple[str, int]] = []
+        self.may_read = threading.Event()
+        self.may_read.set()
+
+    def listing(self) -> Listing:
+        if not self.is_up:
+            raise SourceError(f"{self.uri} does not answer")
+        found = list_directory(self.uri, self.directory)
+        files = tuple(
+            SourceFile(file.name, file.num_bytes, f"etag:{file.identity}") for file in found.files
+        )
+        return Listing(self.uri, f"etag:{found.identity}", files)
+
+    def open(self, file: SourceFile) -> "FakeReader":
+        return FakeReader(self, file.name)
+
+
+class FakeReader:
+    preferred_bytes = CHUNK_BYTES
+    preferred_threads = 1
+
+    def __init__(self, source: FakeRemote, name: str) -> None:
+        self.source = source
+        self.name = name
+
+    def read(self, begin: int, target: memoryview) -> None:
+        is_weight = self.name.endswith(".safetensors") and len(target) > MIB
+        if is_weight:
+            self.source.may_read.wait()
+            self.source.reads.append((self.name, begin // CHUNK_BYTES))
+        if not self.source.is_up or (is_weight and begin == self.source.fails_at):
+            raise SourceError(f"{self.source.uri}/{self.name} does not answer")
+        with (self.source.directory / self.name).open("rb") as file:
+            file.seek(begin)
+            target[:] = file.read(len(target))
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch):
+    """Layers of 5 MB, so that groups do not end where chunks do: 4 chunks in all."""
+    directory = tmp_path / "bucket"
+    directory.mkdir()
+    random = np.random.default_rng(0)
+    names = [
+        "model.embed_tokens.weight",
+        *(f"model.layers.{n}.w" for n in range(4)),
+        "lm_head.weight",
+    ]
+    tensors = {name: random.integers(0, 256, 5_000_000, np.uint8) for name in names}
+    safetensors.numpy.save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text("{}")
+    (directory / "tokenizer.json").write_text("{}")
+    source = FakeRemote(URI, directory)
+
+    def open_source(uri: str, data_dir: Path, settings: StoreSettings):
+        return source if uri == URI else DirectorySource(uri, Path(uri), settings)
+
+    monkeypatch.setattr(origin, "open_source", open_source)
+    return source
+
+
+@contextlib.contextmanager
+def running(tmp_path, settings=SETTINGS):
+    store = Store(tmp_path / "data", 128 * MIB, False, settings)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def spec(name: str = "m", uri: str = URI) -> ModelSpec:
+    return ModelSpec(ModelId(name), uri, 0, Tier.REMOTE)
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+        self.came = threading.Event()
+
+    def damaged(self, *call) -> None:
+        self.calls.append(("damaged", *call))
+        self.came.set()
+
+    def on_disk(self, model_id, num_bytes, seconds) -> None:
+        self.calls.append(("on_disk", model_id, num_bytes))
+        self.came.set()
+
+    def left_disk(self, model_id) -> None:
+        self.calls.append(("left_disk", model_id))
+
+
+def image(store: Store, name: str = "m") -> bytes:
+    with store.lease(ModelId(name)) as lease:
+        return store.arena._map[lease.offset :][: lease.snapshot.size_bytes]
+
+
+def weights(remote: FakeRemote) -> bytes:
+    return (remote.directory / "model.safetensors").read_bytes()
+
+
+def stage_and_write(store: Store, remote: FakeRemote) -> None:
+    store.listener = listener = Recorder()
+    assert store.stage(spec(), Tier.DRAM).num_bytes == len(weights(remote))
+    listener.came.wait()
+    assert listener.calls[0][:2] == ("on_disk", M)
+
+
+def test_a_remote_model_comes_to_dram_then_to_disk_and_is_there_after_a_restart(tmp_path, remote):
+    with running(tmp_path) as store:
+        stage_and_write(store, remote)
+        assert image(store) == weights(remote)
+        assert store.evict(M, Tier.DRAM) == 30 * MIB
+        assert store.tier(spec()) is Tier.DISK
+        tokenizers = store.inspect(URI).directory
+    remote.reads.clear()
+    remote.is_up = False
+    with running(tmp_path) as store:
+        assert store.stage(spec(), Tier.DRAM).fetch_s < 60
+        assert image(store) == weights(remote)
+        assert remote.reads == []
+        assert store.residents()[M].disk_bytes > len(weights(remote))
+        assert store.snapshot(M).directory == tokenizers
+        assert (tokenizers / "tokenizer.json").read_text() == "{}"
+
+
+def test_groups_open_while_the_rest_is_on_its_way(tmp_path, remote):
+    remote.may_read.clear()
+    with running(tmp_path) as store, store.hold(spec()) as lease:
+        told: list[int] = []
+        lease.arrival.subscribe(told.append)
+        assert told == [0]
+        with pytest.raises(ConflictError, match="not in DRAM"):
+            store.lease(M)
+        with pytest.raises(ConflictError, match="being staged"):
+            store.evict(M, Tier.DRAM)
+        remote.may_read.set()
+        assert lease.arrival.wait().num_bytes == len(weights(remote))
+        assert told == sorted(set(told))
+        assert told[-1] == lease.arrival.num_groups == 6
+
+
+def test_an_interrupted_fetch_goes_on_where_it_was(tmp_path, remote):
+    remote.fails_at = 3 * CHUNK_BYTES
+    with running(tmp_path) as store:
+        with pytest.raises(SourceError):
+            store.stage(spec(), Tier.DRAM)
+        assert store.usage().used == 0
+        assert store.tier(spec()) is Tier.REMOTE
+        first = set(remote.reads)
+        remote.fails_at = None
+        remote.reads.clear()
+        stage_and_write(store, remote)
+        assert image(store) == weights(remote)
+    assert remote.reads
+    assert set(remote.reads).isdisjoint(first - {("model.safetensors", 3)})
+
+
+def test_staging_to_disk_takes_no_room_in_dram(tmp_path, remote):
+    with running(tmp_path) as store:
+        assert store.stage(spec(), Tier.DISK).num_bytes > len(weights(remote))
+        assert store.usage().used == 0
+        assert store.stage(spec(), Tier.DISK).num_bytes == 0
+        assert store.tier(spec()) is Tier.DISK
+        remote.reads.clear()
+        store.stage(spec(), Tier.DRAM)
+        assert image(store) == weights(remote)
+        assert remote.reads == []
+        store.listener = listener = Recorder()
+        store.evict(M, Tier.DISK)
+        assert listener.calls == [("left_disk", M)]
+        assert store.tier(spec()) is Tier.REMOTE
+        assert store.disk_usage().used == 0
+
+
+def test_a_chunk_that_rotted_on_disk_is_fetched_again(tmp_path, remote):
+    with running(tmp_path) as store:
+        store.stage(spec(), Tier.DISK)
+        path = store._origins.on_disk(URI).directory / "model.safetensors"
+        with path.open("r+b") as file:
+            file.seek(CHUNK_BYTES + 5)
+            byte = file.read(1)[0]
+            file.seek(CHUNK_BYTES + 5)
+            file.write(bytes([byte ^ 1]))
+        remote.reads.clear()
+        store.stage(spec(), Tier.DRAM)
+        assert image(store) == weights(remote)
+        assert remote.reads == [("model.safetensors", 1)]
+
+
+def test_a_full_disk_does_not_keep_a_model_from_dram(tmp_path, remote, caplog):
+    small = StoreSettings(scrub_bytes_per_s=0, disk_bytes=MIB)
+    with running(tmp_path, small) as store:
+        store.stage(spec(), Tier.DRAM)
+        assert image(store) == weights(remote)
+        assert store.tier(spec()) is Tier.DRAM
+        with pytest.raises(UnavailableError, match="disk"):
+            store.stage(spec("other"), Tier.DISK)
+    assert sum("not kept on disk" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_models_share_equal_files_and_what_arrives_of_them(tmp_path, remote):
+    shared = remote.directory / "model.safetensors"
+    for name in ("one", "two"):
+        place = tmp_path / "hub" / "snapshots" / name
+        place.mkdir(parents=True)
+        (place / "config.json").write_text(f'{{"name": "{name}"}}')
+        blobs = tmp_path / "hub" / "blobs"
+        blobs.mkdir(exist_ok=True)
+        if not (blobs / "w").exists():
+            (blobs / "w").hardlink_to(shared)
+        (place / "model.safetensors").symlink_to(blobs / "w")
+    one, two = (str(tmp_path / "hub" / "snapshots" / name) for name in ("one", "two"))
+    with running(tmp_path) as store:
+        store.stage(spec("one", one), Tier.DRAM)
+        assert store.stage(spec("two", two), Tier.DRAM).num_bytes == 0
+        assert store.extents(ModelId("one")) == store.extents(ModelId("two"))
+        assert store.snapshot(ModelId("two")).config == {"name": "two"}
+        assert store.evict(ModelId("one"), Tier.DRAM) == 0
+        assert image(store, "two") == weights(remote)
+        assert store.evict(ModelId("two"), Tier.DRAM) == 30 * MIB
+
+
+def test_damage_in_dram_is_found_by_the_scrub_and_read_anew(tmp_path, remote):
+    with running(tmp_path, StoreSettings(scrub_bytes_per_s=1 << 40)) as store:
+        stage_and_write(store, remote)
+        store.listener = listener = Recorder()
+        with store.lease(M) as lease:
+            store.arena._map[lease.offset + 9_000_000] ^= 1
+            listener.came.wait()
+            assert store.usage().used == 30 * MIB
+        (kind, models, message), *_ = listener.calls
+        assert (kind, models) == ("damaged", (M,))
+        assert f"{CHUNK_BYTES} and {2 * CHUNK_BYTES}" in message
+        assert store.usage().used == 0
+        assert store.tier(spec()) is Tier.DISK
+        store.stage(spec(), Tier.DRAM)
+        assert image(store) == weights(remote)
+
+
+def test_a_local_file_that_rotted_is_named(tmp_path, remote):
+    """Its size and times say that it is what was read before; its bytes do not."""
+    path = remote.directory / "model.safetensors"
+    local = spec("local", str(remote.directory))
+    with running(tmp_path) as store:
+        store.stage(local, Tier.DRAM)
+        store.evict(ModelId("local"), Tier.DRAM)
+        times = path.stat()
+        with path.open("r+b") as file:
+            file.seek(20_000_000)
+            byte = file.read(1)[0]
+            file.seek(20_000_000)
+            file.write(bytes([byte ^ 1]))
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+            store.stage(local, Tier.DRAM)
+        assert store.usage().used == 0
