@@ -169,9 +169,12 @@ class Bench:
     def take(self, model: nn.Module | None = None) -> nn.Module:
         """The model on the device with every copy started: loaded, or woken if it slept."""
         resident = self.residents.take(
-            "model", self.tensors, self.groups, lambda: self.bound(model or self.skeleton())
+            "model",
+            self.tensors,
+            self.groups,
+            lambda: self.bound(model or self.skeleton()),
+            num_open=len(self.groups),
         )
-        resident.residence.load()
         return resident.model
 
     def release(self) -> None:

@@ -53,15 +53,17 @@ class Residents:
         groups: Sequence[Sequence[str]],
         build: Callable[[], nn.Module],
         *,
+        num_open: int = 0,
         float_dtype: str | None = None,
     ) -> Resident:
-        """The model awake, its groups not yet opened.
+        """The model awake; bring the groups that are not yet open with `Residence.open`.
 
         A model that cannot wake is loaded anew; another one that slept here is closed before, so
         that its memory is free.
 
         Args:
             build: makes the module, bound to the arena; not called for one that wakes.
+            num_open: so many groups lie in the arena; their copies run while the module is made.
 
         Raises:
             ConflictError: a model is awake already.
@@ -74,6 +76,7 @@ class Residents:
             residence = Residence(
                 self._copier, self._arena, tensors, groups, float_dtype=float_dtype
             )
+            residence.open(num_open)
             try:
                 model = build()
             except BaseException:
@@ -82,6 +85,7 @@ class Residents:
             residence.bind(model)
             self._last = Resident(key, model, residence)
         assert self._last is not None
+        self._last.residence.open(num_open)
         return self._last
 
     def awake(self) -> Resident:

@@ -67,6 +67,18 @@ def test_the_model_that_slept_wakes_without_being_built_again():
     assert torch.equal(first.weight, expected)
 
 
+def test_copies_run_while_the_module_is_made_and_are_started_once(monkeypatch):
+    worker, seen = Worker(), []
+    build = worker.build
+    monkeypatch.setattr(worker, "build", lambda: seen.append(len(worker.device.queue)) or build())
+    for _ in range(2):
+        resident = worker.residents.take("a", [WEIGHT], [["weight"]], worker.build, num_open=1)
+        resident.residence.wait(0)
+        assert torch.equal(resident.model.weight.flatten(), torch.arange(64) / 64)
+        worker.residents.sleep()
+    assert (seen, len(worker.device.copies)) == ([1], 2)
+
+
 def test_another_model_takes_the_place_of_the_one_that_slept():
     worker = Worker()
     first = worker.take("a")
