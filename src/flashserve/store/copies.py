@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
-from flashserve.errors import UnavailableError
 from flashserve.messages.handout import HandoutGrant
 from flashserve.store.dram import Arena
 from flashserve.store.store import Lease, Store
@@ -58,7 +56,7 @@ def copy_lease(lease: Lease, arena: Arena) -> ModelCopy:
     Raises:
         UnavailableError: there is no memory for it.
     """
-    fd = _copy_out(arena, lease.extents)
+    fd = arena.copy_out(lease.extents)
     starts = itertools.accumulate((size for _, size in lease.extents), initial=0)
     moves = [
         (begin, start - begin) for (begin, _), start in zip(lease.extents, starts, strict=False)
@@ -69,27 +67,6 @@ def copy_lease(lease: Lease, arena: Arena) -> ModelCopy:
         return offset + by
 
     return ModelCopy(fd, _grant(lease, 0, lease.num_bytes, moved))
-
-
-def _copy_out(arena: Arena, extents: Iterable[tuple[int, int]]) -> int:
-    """The extents one after another."""
-    num_bytes = 0
-    fd = os.memfd_create("flashserve-copy", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        for begin, size in extents:
-            num_bytes += size
-            done = 0
-            while done < size:
-                done += os.sendfile(fd, arena.fd, begin + done, size - done)
-        fcntl.fcntl(
-            fd,
-            fcntl.F_ADD_SEALS,
-            fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL,
-        )
-    except OSError as error:
-        os.close(fd)
-        raise UnavailableError(f"no memory for a copy of {num_bytes} bytes: {error}") from None
-    return fd
 
 
 def _grant(lease: Lease, offset: int, num_bytes: int, moved: Callable[[int], int]) -> HandoutGrant:

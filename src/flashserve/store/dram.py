@@ -16,7 +16,7 @@ import fcntl
 import mmap
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from flashserve.errors import ConflictError, InputError, ModelTooLargeError, UnavailableError
 from flashserve.store.memory import Placement, place, sealed_copy
@@ -182,8 +182,12 @@ class Arena:
             self._extents.remove(extent)
             extent.state = ExtentState.FREED
 
-    def copy_out(self, extents: Sequence[Extent]) -> int:
-        """A copy of sealed extents, one after another, for a process that is no worker.
+    def copy_out(self, extents: Iterable[tuple[int, int]]) -> int:
+        """A copy of some of the arena's bytes, for a process that is no worker.
+
+        Args:
+            extents: offset and bytes of each; the caller leases them. They are one after another
+                in the copy.
 
         Returns:
             A memfd that nobody can change and only this user can open; the caller closes it.
@@ -192,12 +196,8 @@ class Arena:
             UnavailableError: the machine has no memory for it.
         """
         with contextlib.ExitStack() as stack:
-            pieces: list[memoryview] = []
-            for extent in extents:
-                self.lease(extent)
-                stack.callback(self.release, extent)
-                pieces.append(stack.enter_context(self.memory(extent)))
-            return sealed_copy(pieces)
+            views = [self._view[offset : offset + size] for offset, size in extents]
+            return sealed_copy([stack.enter_context(view) for view in views])
 
     def close(self) -> None:
         """Ends the prefault thread, unmaps, and closes the descriptor.

@@ -59,7 +59,7 @@ def test_another_user_can_open_neither_the_arena_nor_a_copy():
     arena = Arena(4 * EXTENT_ALIGNMENT)
     extent = arena.allocate(EXTENT_ALIGNMENT)
     arena.seal(extent)
-    copy = arena.copy_out([extent])
+    copy = arena.copy_out([(extent.offset, extent.num_bytes)])
     careless = os.memfd_create("flashserve-test")
     fds = [arena.fd, copy]
     try:
@@ -107,7 +107,7 @@ def test_no_reader_can_write_even_after_opening_anew():
     with arena.memory(extent) as memory:
         memory[:5] = b"owner"
     arena.seal(extent)
-    copy = arena.copy_out([extent])
+    copy = arena.copy_out([(extent.offset, extent.num_bytes)])
     try:
         fds = [arena.fd, copy]
         done = subprocess.run(
