@@ -188,7 +188,7 @@ def test_evicted_bytes_go_to_the_start_that_follows(kind: str, tmp_path: pathlib
             bench.evict(a)
             bench.start("c#1", c)
             await bench.events.next(Evicted, model_id="a")
-            await bench.events.next(ReplicaReady, replica_id="c#1")
+            await bench.events.next(Staged, model_id="c")
             stats = await bench.node.stats()
             assert (stats.dram.used, stats.dram.free) == (4 * MIB, 0)
             assert {c.model_id: Tier.DRAM} == {
