@@ -61,3 +61,24 @@ def test_waiting_on_no_terminal_prints_one_line(capsys: pytest.CaptureFixture[st
     with console.waiting("deploying m"):
         pass
     assert capsys.readouterr().err == "deploying m ...\n"
+
+
+def test_progress_on_no_terminal_is_a_line_for_each_tenth(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with console.progressing("checking") as tell:
+        for done in range(1001):
+            tell(done, 1000)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"checking: {tenth}00 B of 1000 B" for tenth in range(1, 11)]
+
+
+def test_progress_on_a_terminal_is_a_bar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with console.progressing("checking") as tell:
+        tell(512, 1024)
+        tell(1024, 1024)
+    assert "1.0/1.0 KiB" in capsys.readouterr().err
