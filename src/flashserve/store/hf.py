@@ -37,8 +37,6 @@ _TIMEOUT_S = 10.0
 class HfSource:
     """A revision of a model repository; from the hub's cache on this machine when it is there."""
 
-    lowest_tier = Tier.REMOTE
-
     def __init__(self, uri: str, settings: StoreSettings) -> None:
         """Asks nobody yet.
 
@@ -55,6 +53,11 @@ class HfSource:
         self._commit = ""
         self._cached: Path | None = None
         self._remote: frozenset[SourceFile] = frozenset()
+
+    @property
+    def lowest_tier(self) -> Tier:
+        """REMOTE, unless the last listing was of the hub's cache on this machine."""
+        return Tier.DISK if self._cached else Tier.REMOTE
 
     def listing(self) -> Listing:
         """See Source.

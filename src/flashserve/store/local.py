@@ -7,7 +7,6 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from typing import Protocol
 
 import xxhash
 
@@ -23,29 +22,11 @@ from flashserve.store.files import (
     shown,
 )
 from flashserve.store.layout import weight_names
-from flashserve.store.listing import FileReader, Listing, Source, SourceFile
+from flashserve.store.listing import FileReader, Listing, SourceFile
 from flashserve.store.reading import LocalReader, file_identity
 from flashserve.types import Tier
 
 DEMO_NAME = "smollm2"
-
-
-class LocalSource(Source, Protocol):
-    """A source whose files are on this machine, or are brought here by `directory`."""
-
-    def directory(self) -> Path:
-        """Where the checkpoint's files are (making them first may take long).
-
-        Raises:
-            SourceError: they are missing or cannot be had.
-        """
-
-    def identity(self) -> str:
-        """That of the listing: changes whenever a file of the checkpoint does.
-
-        Raises:
-            SourceError, CheckpointError: as for `listing`.
-        """
 
 
 class DirectorySource:
@@ -59,6 +40,11 @@ class DirectorySource:
         self._settings = settings
 
     def directory(self) -> Path:
+        """Where the checkpoint's files are (making them first may take long).
+
+        Raises:
+            SourceError: they are missing or cannot be had.
+        """
         try:
             resolved = self._path.resolve(strict=True)
             with os.scandir(resolved):
@@ -73,9 +59,6 @@ class DirectorySource:
             raise SourceError(
                 f"source {shown(self.uri)} cannot be read: {one_line(error)}"
             ) from None
-
-    def identity(self) -> str:
-        return self.listing().identity
 
     def listing(self) -> Listing:
         return list_directory(self.uri, self.directory())

@@ -76,8 +76,6 @@ class Origins:
             SourceError, CheckpointError: it cannot be had.
         """
         source = open_source(uri, self._data_dir, self._settings)
-        if source.lowest_tier is not Tier.REMOTE:
-            return Origin(source, source.listing(), None)
         try:
             listing = source.listing()
         except SourceError as error:
@@ -85,7 +83,10 @@ class Origins:
                 _log.warning("%s: serving the copy on disk: %s", uri, error.message)
                 return Origin(source, stored.listing, stored)
             raise
-        return Origin(source, listing, self.disk.find(listing.identity) if self.disk else None)
+        # Only now is it known whether a hub's cache on this machine has it.
+        is_here = source.lowest_tier is not Tier.REMOTE
+        find = self.disk.find if self.disk and not is_here else None
+        return Origin(source, listing, find(listing.identity) if find else None)
 
     def on_disk(self, uri: str) -> Stored | None:
         """The newest whole copy of a remote source in the disk tier."""

@@ -40,6 +40,7 @@ try:
         "files": {file.name: [file.identity, dict(file.digests)] for file in listing.files},
         "contents": contents,
         "tensors": len(found.layout.tensors),
+        "tier": source.lowest_tier.label,
         "torch": "torch" in sys.modules,
     }))
 except DeployError as error:
@@ -197,6 +198,7 @@ def test_a_repository_is_listed_and_read_as_it_is(hub, ask):
     assert found["contents"] == wanted(hub)
     assert found["tensors"] == 1
     assert not found["torch"]
+    assert found["tier"] == "remote"
     identity, digests = found["files"]["model.safetensors"]
     sha256 = hashlib.sha256(hub.files["model.safetensors"]).hexdigest()
     assert digests == {"sha256": sha256}
@@ -231,6 +233,7 @@ def test_what_is_in_the_hubs_cache_is_read_there(hub, ask, cached):
     found = ask()
     assert found["contents"] == wanted(hub)
     assert found["identity"].startswith(f"{cached}#")
+    assert found["tier"] == "disk"
     assert [path for _, path, _ in hub.seen if "resolve" in path or "blob?" in path] == []
 
 

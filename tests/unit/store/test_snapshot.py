@@ -23,7 +23,7 @@ def test_a_plain_checkpoint_is_read(tmp_path, write_checkpoint):
     assert found.generation_config == {"eos_token_id": 2}
     assert found.size_bytes == (tmp_path / "model.safetensors").stat().st_size
     assert found.arena_bytes == EXTENT_ALIGNMENT
-    assert found.identity == open_source(str(tmp_path), tmp_path).identity()
+    assert found.identity == open_source(str(tmp_path), tmp_path).listing().identity
     assert not found.has_tokenizer
     assert found.chat_template is None
 

@@ -21,31 +21,34 @@ def test_two_ways_to_one_directory_have_one_identity(tmp_path, write_checkpoint)
     write_checkpoint(tmp_path / "model")
     (tmp_path / "link").symlink_to("model")
     direct, linked = (open_source(str(tmp_path / name), tmp_path) for name in ("model", "link"))
-    assert direct.identity() == linked.identity()
+    assert direct.listing().identity == linked.listing().identity
 
 
 def test_equal_directories_are_not_the_same_source(tmp_path, write_checkpoint):
     one, two = (write_checkpoint(tmp_path / name) for name in ("one", "two"))
     for path in (*one.iterdir(), *two.iterdir()):
         os.utime(path, ns=(0, 0))
-    assert open_source(str(one), tmp_path).identity() != open_source(str(two), tmp_path).identity()
+    assert (
+        open_source(str(one), tmp_path).listing().identity
+        != open_source(str(two), tmp_path).listing().identity
+    )
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_a_changed_file_changes_the_identity(tmp_path, write_checkpoint, name):
     source = open_source(str(write_checkpoint(tmp_path)), tmp_path)
-    before = source.identity()
-    assert source.identity() == before
+    before = source.listing().identity
+    assert source.listing().identity == before
     status = (tmp_path / name).stat()
     os.utime(tmp_path / name, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    assert source.identity() != before
+    assert source.listing().identity != before
 
 
 def test_a_file_that_is_no_part_of_the_model_does_not(tmp_path, write_checkpoint):
     source = open_source(str(write_checkpoint(tmp_path)), tmp_path)
-    before = source.identity()
+    before = source.listing().identity
     (tmp_path / "notes.txt").write_text("x")
-    assert source.identity() == before
+    assert source.listing().identity == before
 
 
 @pytest.mark.parametrize(
@@ -111,7 +114,7 @@ def test_what_is_no_directory_is_refused(tmp_path, path, reason):
     (tmp_path / "loop").symlink_to("loop")
     source = open_source(f"{tmp_path}/{path}", tmp_path)
     with pytest.raises(SourceError, match=reason) as caught:
-        source.identity()
+        source.listing()
     assert len(caught.value.message) < 1000
 
 
@@ -158,7 +161,7 @@ def test_the_demo_model_is_taken_from_the_data_directory(tmp_path, write_checkpo
     write_checkpoint(tmp_path / "models/smollm2")
     source = open_source("demo:smollm2", tmp_path)
     assert source.directory() == tmp_path / "models/smollm2"
-    assert source.identity()
+    assert source.listing().identity
 
 
 def test_a_failed_conversion_is_one_line(tmp_path, monkeypatch):
