@@ -40,7 +40,7 @@ class Snapshot:
     @property
     def arena_bytes(self) -> int:
         """Bytes that the weights take of a DRAM arena."""
-        return extent_bytes(self.layout.image_bytes)
+        return sum(extent_bytes(file.num_bytes) for file in self.layout.files)
 
 
 def read_snapshot(files: CheckpointFiles, uri: str, identity: str) -> Snapshot:

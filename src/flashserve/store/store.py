@@ -17,7 +17,7 @@ from flashserve.config import StoreSettings
 from flashserve.errors import ConflictError, InputError, ModelTooLargeError, UnavailableError
 from flashserve.store.arrival import Arrival, Progress, StageReport
 from flashserve.store.diskbudget import DiskUsage
-from flashserve.store.dram import Arena, ArenaUsage, ExtentState, extent_bytes
+from flashserve.store.dram import Arena, ArenaUsage, ExtentState
 from flashserve.store.filling import Filler
 from flashserve.store.guard import Guard
 from flashserve.store.images import Fill, Image
@@ -138,7 +138,7 @@ class Store:
             DeployError: it cannot be served; one line that says which file and why.
         """
         snapshot = self._origins.snapshot(self._origins.look(uri))
-        needed = sum(extent_bytes(file.num_bytes) for file in snapshot.layout.files)
+        needed = snapshot.arena_bytes
         if needed > self.arena.num_bytes:
             raise ModelTooLargeError(
                 f"{snapshot.uri} holds {snapshot.size_bytes} bytes of weights and needs {needed} "

@@ -1,4 +1,5 @@
 import concurrent.futures
+import contextlib
 import itertools
 import json
 import os
@@ -345,7 +346,9 @@ def test_the_store_needs_no_tensor_library():
 
 
 class StoreMachine(hypothesis.stateful.RuleBasedStateMachine):
-    """Stage, change, lease, release, evict and forget in any order, with room for about half."""
+    """Hold, stage, change, lease, release, damage, evict and forget in any order, with room for
+    about half. What is held arrives when the machine says so; directories 1 and 3 share a file.
+    """
 
     SIZES = (1, 2, 3, 2)
     names = st.sampled_from([ModelId(f"m{index}") for index in range(5)])
@@ -359,12 +362,26 @@ class StoreMachine(hypothesis.stateful.RuleBasedStateMachine):
         for index in range(len(self.SIZES)):
             self.write(index)
         self.staged: dict[ModelId, bytes] = {}
+        self.holds: list[tuple[Lease, bytes]] = []
+        self.may_read = threading.Event()
+        self.may_read.set()
+        read, may_read = LocalReader.read, self.may_read
+
+        def wait_and_read(reader: LocalReader, begin: int, target: memoryview) -> None:
+            if len(target) >= PAGE:
+                may_read.wait()
+            read(reader, begin, target)
+
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(LocalReader, "read", wait_and_read)
         self.leases: list[tuple[Lease, bytes]] = []
 
     def teardown(self) -> None:
-        for lease, _ in self.leases:
+        self.may_read.set()
+        for lease, _ in self.leases + self.holds:
             lease.release()
         self.store.close()
+        self.patch.undo()
         self.directory.cleanup()
 
     def write(self, index: int) -> None:
@@ -374,37 +391,91 @@ class StoreMachine(hypothesis.stateful.RuleBasedStateMachine):
         header = b'{"w":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}'
         size = num_bytes - 8 - 70
         encoded = (header % (size, size)).ljust(70)
-        path = self.root / str(index) / "model.safetensors"
+        directory = self.root / "snapshots" / str(index)
+        directory.mkdir(parents=True, exist_ok=True)
+        path = self.blob(index)
         path.parent.mkdir(exist_ok=True)
+        if not (directory / "model.safetensors").is_symlink():
+            (directory / "model.safetensors").symlink_to(path)
         path.write_bytes(len(encoded).to_bytes(8, "little") + encoded)
         mark = self.version.to_bytes(4, "little")
         with path.open("r+b") as file:
             file.seek(num_bytes - 4)
             file.write(mark)
         os.utime(path, ns=(0, self.version))
-        (path.parent / "config.json").write_text("{}")
+        (directory / "config.json").write_text("{}")
+
+    def blob(self, index: int) -> Path:
+        return self.root / "blobs" / str(1 if index == 3 else index)
 
     def mark(self, index: int) -> bytes:
-        return (self.root / str(index) / "model.safetensors").read_bytes()[-4:]
+        return self.blob(index).read_bytes()[-4:]
+
+    def finish_reads(self) -> None:
+        """Everything that is held has arrived; nothing is read any more."""
+        self.may_read.set()
+        for lease, mark in self.holds:
+            lease.arrival.wait()
+            self.leases.append((lease, mark))
+        self.holds = []
+        for fill in tuple(self.store._shelf._fills):
+            fill.ended.wait()
 
     @hypothesis.stateful.rule(name=names, index=st.integers(0, 3))
     def stage(self, name: ModelId, index: int) -> None:
         try:
-            self.store.stage(spec(self.root / str(index), name), Tier.DRAM)
+            self.finish_reads()
+            self.store.stage(self.model(name, index), Tier.DRAM)
         except UnavailableError:
             self.staged.pop(name, None)
         else:
             self.staged[name] = self.mark(index)
 
+    def model(self, name: ModelId, index: int) -> ModelSpec:
+        return spec(self.root / "snapshots" / str(index), name)
+
+    @hypothesis.stateful.rule(name=names, index=st.integers(0, 3))
+    def hold(self, name: ModelId, index: int) -> None:
+        """Its bytes arrive when `arrive` says so."""
+        self.may_read.clear()
+        self.staged.pop(name, None)
+        with contextlib.suppress(UnavailableError):
+            self.holds.append((self.store.hold(self.model(name, index)), self.mark(index)))
+
+    @hypothesis.stateful.rule()
+    def arrive(self) -> None:
+        self.finish_reads()
+
+    @hypothesis.stateful.rule(data=st.data())
+    def leave_while_it_arrives(self, data: st.DataObject) -> None:
+        """The place is kept until the reading has ended, whoever leaves."""
+        if self.holds:
+            lease, _ = self.holds.pop(data.draw(st.integers(0, len(self.holds) - 1)))
+            lease.release()
+
+    @hypothesis.stateful.rule(name=names)
+    def damage(self, name: ModelId) -> None:
+        """What is damaged is found no more, under any name, and stays while it is leased."""
+        if name not in self.staged:
+            return
+        (file,) = self.store._shelf.whole(name).files
+        gone = self.store._shelf.quarantine(file)
+        assert name in gone
+        for each in gone:
+            self.staged.pop(each, None)
+            with pytest.raises(ConflictError):
+                self.store.lease(each)
+
     @hypothesis.stateful.rule(index=st.integers(0, 3))
     def change(self, index: int) -> None:
+        self.finish_reads()
         self.write(index)
 
     @hypothesis.stateful.rule(name=names)
     def lease(self, name: ModelId) -> None:
         if name in self.staged:
             self.leases.append((self.store.lease(name), self.staged[name]))
-        else:
+        elif not self.store.dram_bytes(name):
             with pytest.raises(ConflictError):
                 self.store.lease(name)
 
@@ -416,14 +487,18 @@ class StoreMachine(hypothesis.stateful.RuleBasedStateMachine):
 
     @hypothesis.stateful.rule(name=names)
     def evict(self, name: ModelId) -> None:
+        image = self.store._shelf.models().get(name)
+        if image is None or not image.leases[name]:
+            self.finish_reads()  # evicting waits for a read that it ends
         used = self.store.usage().used
         try:
             freed = self.store.evict(name, Tier.DRAM)
         except FlashServeError:
-            assert any(lease.model_id == name for lease, _ in self.leases)
+            assert any(lease.model_id == name for lease, _ in self.leases + self.holds)
         else:
             self.staged.pop(name, None)
             assert self.store.usage().used == used - freed
+            assert self.store.dram_bytes(name) == 0
 
     @hypothesis.stateful.rule(name=names)
     def forget(self, name: ModelId) -> None:
@@ -432,15 +507,12 @@ class StoreMachine(hypothesis.stateful.RuleBasedStateMachine):
 
     @hypothesis.stateful.invariant()
     def leased_bytes_are_untouched(self) -> None:
-        ranges = set()
         for lease, mark in self.leases:
             size = lease.snapshot.layout.size_bytes
-            found = self.store.arena._map[lease.offset + size - 4 : lease.offset + size]
-            assert found == mark
-            ranges.add((lease.offset, lease.offset + lease.num_bytes))
-        ordered = sorted(ranges)
-        for (_, end), (begin, _) in itertools.pairwise(ordered):
-            assert end <= begin
+            assert self.store.arena._map[lease.offset + size - 4 : lease.offset + size] == mark
+        ranges = {extent for lease, _ in self.leases + self.holds for extent in lease.extents}
+        for (begin, num_bytes), (after, _) in itertools.pairwise(sorted(ranges)):
+            assert begin + num_bytes <= after
 
     @hypothesis.stateful.invariant()
     def staged_bytes_are_those_of_the_file(self) -> None:
@@ -453,9 +525,15 @@ class StoreMachine(hypothesis.stateful.RuleBasedStateMachine):
     def memory_is_conserved(self) -> None:
         usage = self.store.usage()
         assert usage.used + usage.free == usage.total
-        images = {extent for name in self.staged for extent in self.store.extents(name)}
-        images |= {extent for lease, _ in self.leases for extent in lease.extents}
-        assert usage.used == sum(num_bytes for _, num_bytes in images)
+        places = {
+            file.extent.offset: file.extent.num_bytes
+            for image in self.store._shelf.models().values()
+            for file in image.files
+        }
+        places |= {at: size for lease, _ in self.leases + self.holds for at, size in lease.extents}
+        reading = {file for fill in self.store._shelf._fills for file in fill.files}
+        places |= {file.extent.offset: file.extent.num_bytes for file in reading}
+        assert usage.used == sum(places.values())
 
 
 TestStoreMachine = StoreMachine.TestCase
