@@ -20,6 +20,8 @@ PROMPT_TOKENS = 128
 _POLL_S = 0.01
 _KEEP_ALIVE_S = 1.0
 _SETTLE_S = 1.5
+_LEAST_SHARE = 0.8
+"""Of the time that the cap prescribes: the limit lets a little through at once."""
 _SMALL_KV = "16MiB"
 
 
@@ -56,6 +58,7 @@ def measure_overlap(
 ) -> list[Overlap]:
     """The files are in the page cache, so that the cap is what limits reading."""
     rng = random.Random(SEED)
+    num_bytes = sum(file.stat().st_size for file in directory.iterdir())
     found = []
     for rate in RATES:
         with running_server(
@@ -67,6 +70,8 @@ def measure_overlap(
             pagecache.fill(directory)
             for number in range(repeats + 1):  # the first is not counted
                 overlap = _measure_once(server, rate, rng)
+                if overlap.load_s < _LEAST_SHARE * num_bytes / rate:
+                    raise SystemExit(f"reading was not capped at {rate} bytes/s: {overlap}")
                 if number:
                     found.append(overlap)
                     progress(f"  {overlap}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import pathlib
 import time
 
@@ -16,11 +15,8 @@ def open_store(data_dir: pathlib.Path, arena_bytes: int, *, prefault: bool) -> S
     Raises:
         RuntimeError: the kernel would not fault it ahead.
     """
-    if "settings" in inspect.signature(Store).parameters:
-        settings = StoreSettings(scrub_bytes_per_s=0)
-        store = Store(data_dir, arena_bytes, prefault, settings=settings)
-    else:
-        store = Store(data_dir, arena_bytes, prefault)
+    settings = StoreSettings(scrub_bytes_per_s=0)
+    store = Store(data_dir, arena_bytes, prefault, settings)
     while prefault and store.arena.prefaulted_bytes < store.arena.num_bytes:
         if store.arena.prefault_refusal:
             raise RuntimeError(store.arena.prefault_refusal)
