@@ -92,7 +92,7 @@ def _open(source: str | os.PathLike[str], data_dir: str | os.PathLike[str] | Non
             f"source {shown(name)} is no directory, and no node runs in {settings.data_dir} that "
             "could have a model of that name"
         )
-    store = reading_store(settings.data_dir)
+    store = reading_store(settings.data_dir, settings.store)
     try:
         copy = read_copy(store, uri)
     finally:

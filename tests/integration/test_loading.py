@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from flashserve import load_model, open_snapshot
+from flashserve.config import StoreSettings
 from flashserve.errors import CheckpointError, ConflictError, SourceError, UnsupportedModelError
 from flashserve.node.sockets import bind_unix_socket
 from flashserve.store.handout import Handout
@@ -211,7 +212,11 @@ class Node:
         self.listener = bind_unix_socket(socket_path(self.data_dir))
         self.models: dict[ModelId, ModelSpec] = {}
         self.handout = Handout(
-            self.listener.socket, self.store, self.data_dir, lambda: self.models, 64 << 20
+            self.listener.socket,
+            self.store,
+            self.data_dir,
+            lambda: self.models,
+            StoreSettings(handout_bytes=64 << 20),
         )
         self._loop.call_soon_threadsafe(self.handout.start)
         return self

@@ -39,7 +39,7 @@ class HandoutSocket:
             store,
             settings.data_dir,
             models,
-            settings.store.handout_bytes,
+            settings.store,
         )
         self._handout.start()
 

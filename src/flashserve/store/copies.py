@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from flashserve.config import StoreSettings
 from flashserve.messages.handout import HandoutGrant
 from flashserve.store.dram import Arena
 from flashserve.store.store import Lease, Store
@@ -27,10 +28,11 @@ class ModelCopy:
         os.close(self.fd)
 
 
-def reading_store(data_dir: Path) -> Store:
+def reading_store(data_dir: Path, settings: StoreSettings) -> Store:
     """A store for `read_copy` alone; close it afterwards, or to end a read under way."""
     # Memory is taken as it is filled, so room that nothing fills costs nothing.
-    return Store(data_dir, _physical_bytes(), prefault=False)
+    once = settings.model_copy(update={"scrub_bytes_per_s": 0})
+    return Store(data_dir, _physical_bytes(), prefault=False, settings=once)
 
 
 def read_copy(store: Store, uri: str) -> ModelCopy:

@@ -21,6 +21,7 @@ from typing import TypeVar
 
 import structlog
 
+from flashserve.config import StoreSettings
 from flashserve.errors import (
     ConflictError,
     FlashServeError,
@@ -67,7 +68,7 @@ class Handout:
 
     Args:
         models: what the node knows, by name; asked anew for each request.
-        max_bytes: of all copies together.
+        settings: for what is read past the node's store; handout_bytes bounds all copies.
     """
 
     def __init__(
@@ -76,14 +77,15 @@ class Handout:
         store: Store,
         data_dir: Path,
         models: Callable[[], _Models],
-        max_bytes: int,
+        settings: StoreSettings,
     ) -> None:
         listener.setblocking(False)
         self._listener = listener
         self._store = store
         self._data_dir = data_dir
         self._models = models
-        self._max_bytes = max_bytes
+        self._settings = settings
+        self._max_bytes = settings.handout_bytes
         # By the identity of the content; an entry goes with its last user.
         self._shared: dict[str, _Shared] = {}
         # Reading may take minutes, in threads that nobody else waits for.
@@ -213,10 +215,10 @@ class Handout:
         if lease := self._resident(snapshot.identity, models):
             with lease:
                 return copy_lease(lease, self._store.arena)
-        if open_source(snapshot.uri, self._data_dir).lowest_tier is Tier.REMOTE:
+        if open_source(snapshot.uri, self._data_dir, self._settings).lowest_tier is Tier.REMOTE:
             with contextlib.suppress(UnavailableError):  # it has no room now
                 return self._through_arena(snapshot.uri)
-        store = reading_store(self._data_dir)
+        store = reading_store(self._data_dir, self._settings)
         self._reading.add(store)
         try:
             return read_copy(store, snapshot.uri)
