@@ -9,14 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from flashserve.config import StoreSettings
 from flashserve.errors import CheckpointError, FlashServeError, UnavailableError
 from flashserve.store.behind import WriteBehind
 from flashserve.store.dram import Arena
 from flashserve.store.images import FileImage, Fill, Image
 from flashserve.store.incoming import Incoming
 from flashserve.store.origin import Origin, Origins
-from flashserve.store.pipeline import FileLoad, load
+from flashserve.store.pipeline import FileLoad, checksum, load
+from flashserve.store.proof import Proof
 from flashserve.store.shelf import Shelf
 from flashserve.types import ModelId
 
@@ -37,13 +37,13 @@ class Filler:
         shelf: Shelf,
         arena: Arena,
         origins: Origins,
-        settings: StoreSettings,
+        proof: Proof,
         on_disk: OnDisk,
     ) -> None:
         self._shelf = shelf
         self._arena = arena
         self._origins = origins
-        self._settings = settings
+        self._proof = proof
         self._on_disk = on_disk
         # By the identity of what is on its way to disk. Told when one ends.
         self._writing: dict[str, WriteBehind | None] = {}
@@ -98,8 +98,9 @@ class Filler:
 
     def _run(self, origin: Origin, image: Image, fill: Fill, model_id: ModelId) -> None:
         error: BaseException | None = None
+        writer = None
         try:
-            self._read(origin, image, fill, model_id)
+            writer = self._read(origin, image, fill, model_id)
         except FlashServeError as failure:
             error = failure
         except BaseException as failure:
@@ -114,8 +115,16 @@ class Filler:
             for file in fill.files:
                 file.fail(error)
         fill.ended.set()
+        if error is None:
+            if writer is not None:
+                writer.join()  # a copy on disk that turns out to be damaged must be found there
+            for file in fill.files:
+                self._proof.submit(origin, file)
 
-    def _read(self, origin: Origin, image: Image, fill: Fill, model_id: ModelId) -> None:
+    def _read(
+        self, origin: Origin, image: Image, fill: Fill, model_id: ModelId
+    ) -> WriteBehind | None:
+        """Who writes to disk behind, if anybody."""
         behind = self._write_behind(origin, fill, model_id)
         is_whole = False
         try:
@@ -125,6 +134,9 @@ class Filler:
                 threads = max((each.reader.preferred_threads for each in loads), default=1)
                 load(loads, fill.order, num_threads=threads, stopping=fill.stopping)
                 self._check_unchanged(origin)
+                for number, file in enumerate(fill.files):
+                    if self._proof.comes_first(origin, file):
+                        self._prove(origin, file, loads[number], fill.stopping, stack)
             if not origin.is_remote:
                 for file in fill.files:
                     self._origins.remember(file.file, file.checksums)
@@ -132,6 +144,7 @@ class Filler:
         finally:
             if behind:
                 self._end_writing(behind[1], fill, is_whole=is_whole)
+        return behind[1] if behind else None
 
     def _end_writing(self, writer: WriteBehind, fill: Fill, *, is_whole: bool) -> None:
         """What came of a read that failed is written to the end, so that it can be resumed."""
@@ -150,14 +163,47 @@ class Filler:
         stack: contextlib.ExitStack,
     ) -> FileLoad:
         memory = stack.enter_context(self._arena.memory(file.extent))
-        done = incoming.done(file.file.name) if incoming else {}
+        written = incoming.done(file.file.name) if incoming else {}
+        is_open = not self._proof.comes_first(origin, file)
 
         def on_chunk(index: int, data: memoryview, checksum: int) -> None:
-            if writer and done.get(index) != checksum:
+            if writer and written.get(index) != checksum:
                 writer.put(file.file.name, index, data, checksum)
-            file.chunk_done(index, checksum)
+                written[index] = checksum
+            if is_open:
+                file.chunk_done(index, checksum)
 
         return self._origins.file_load(origin, file.file, memory, on_chunk, incoming, stack)
+
+    def _prove(
+        self,
+        origin: Origin,
+        file: FileImage,
+        loaded: FileLoad,
+        stopping: threading.Event,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        """Opens a file that was read, if it is what was promised; else reads it once more.
+
+        Raises:
+            CheckpointError: it still is not.
+        """
+        if difference := self._proof.mismatch(file):
+            _log.warning("%s was damaged on its way here: %s; fetched again", file.path, difference)
+            again = self._origins.file_load(
+                origin, file.file, loaded.memory, loaded.on_chunk, None, stack
+            )
+            order = [(0, index) for index in range(file.file.num_chunks)]
+            num_threads = again.reader.preferred_threads
+            load([again], order, num_threads=num_threads, stopping=stopping)
+            if difference := self._proof.mismatch(file):
+                raise CheckpointError(
+                    f"{file.path} is damaged on its way here, twice: {difference}"
+                )
+        with self._arena.memory(file.extent) as memory:
+            for index in range(file.file.num_chunks):
+                with file.chunk(memory, index) as data:
+                    file.chunk_done(index, checksum(data))
 
     def _check_unchanged(self, origin: Origin) -> None:
         """Of files of this machine, which have no version that a read could insist on."""

@@ -53,7 +53,7 @@ class Guard:
         """
         for file in image.files:
             for index in range(file.file.num_chunks):
-                with self._arena.memory(file.extent) as memory, _chunk(memory, file, index) as data:
+                with self._arena.memory(file.extent) as memory, file.chunk(memory, index) as data:
                     is_good = checksum(data) == file.checksums[index]
                 if not is_good:
                     raise CheckpointError(self._withdraw(_Place(file, index)))
@@ -78,7 +78,7 @@ class Guard:
         try:
             with (
                 self._arena.memory(place.file.extent) as memory,
-                _chunk(memory, place.file, place.index) as data,
+                place.file.chunk(memory, place.index) as data,
             ):
                 yield data
         finally:
@@ -92,8 +92,3 @@ class Guard:
         )
         self._damaged(self._shelf.quarantine(file), message)
         return message
-
-
-def _chunk(memory: memoryview, file: FileImage, index: int) -> memoryview:
-    begin = index * CHUNK_BYTES
-    return memory[begin : begin + file.chunk_bytes(index)]

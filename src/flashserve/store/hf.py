@@ -84,7 +84,7 @@ class HfSource:
             return self._listed_in(snapshot)
         facts = repr([(file.name, file.identity) for file in files])
         identity = f"hf:{self._repo}@{self._commit}#{xxhash.xxh3_64_hexdigest(facts.encode())}"
-        return Listing(self.uri, identity, files)
+        return Listing(self.uri, identity, files, _endpoint().startswith("https:"))
 
     def open(self, file: SourceFile) -> FileReader:
         if not self._remote and self._cached is None:

@@ -30,6 +30,7 @@ class FileImage:
         self.num_users = 0
         self.num_leases = 0
         self.is_whole = False
+        self.digest: str | None = None
         self._checksums: dict[int, int] = {}
         self._watchers: list[tuple[Arrival, tuple[int, ...]]] = []
         self._has_landed = False
@@ -42,6 +43,11 @@ class FileImage:
 
     def chunk_bytes(self, index: int) -> int:
         return min(CHUNK_BYTES, self.file.num_bytes - index * CHUNK_BYTES)
+
+    def chunk(self, memory: memoryview, index: int) -> memoryview:
+        """The bytes of one chunk; `memory` is the extent's."""
+        begin = index * CHUNK_BYTES
+        return memory[begin : begin + self.chunk_bytes(index)]
 
     def watch(self, arrival: Arrival, groups: tuple[int, ...]) -> None:
         """Tells `arrival` of every chunk that is there or comes, and then of the landing.

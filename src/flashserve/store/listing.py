@@ -33,11 +33,16 @@ class SourceFile:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Listing:
-    """The files of a checkpoint that matter: weights, config, tokenizer; sorted by name."""
+    """The files of a checkpoint that matter: weights, config, tokenizer; sorted by name.
+
+    is_protected: no byte can be changed unseen on its way here: it is a file of this machine, or
+    TLS guards it.
+    """
 
     uri: str
     identity: str
     files: tuple[SourceFile, ...]
+    is_protected: bool = True
 
 
 class FileReader(Protocol):

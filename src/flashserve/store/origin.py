@@ -48,6 +48,11 @@ class Origin:
     def is_remote(self) -> bool:
         return self.source.lowest_tier is Tier.REMOTE
 
+    @property
+    def is_fetched(self) -> bool:
+        """Whether its bytes come from far away, and not from an earlier copy on disk."""
+        return self.is_remote and self.stored is None
+
     def file(self, name: str) -> SourceFile:
         for file in self.listing.files:
             if file.name == name:
@@ -114,6 +119,16 @@ class Origins:
     def remember(self, file: SourceFile, checksums: tuple[int, ...]) -> None:
         if self.disk is not None:
             self.disk.remember(file.identity, checksums)
+
+    def distrust(self, origin: Origin, reason: str) -> None:
+        """What came of it is not what its origin promised: no copy on disk is served."""
+        if self.disk is not None:
+            self.disk.quarantine(origin.listing.identity, reason)
+
+    def set_digest(self, origin: Origin, name: str, digest: str) -> None:
+        """The BLAKE3 of a file of a remote checkpoint, for its copy on disk if there is one."""
+        if self.disk is not None and origin.is_remote:
+            self.disk.set_digest(origin.listing.identity, name, digest)
 
     @contextlib.contextmanager
     def pinned(self, origin: Origin) -> Iterator[None]:

@@ -68,7 +68,8 @@ class S3Source:
             self._store.close()
         facts = repr([(file.name, file.identity) for file in files])
         identity = f"{self._place}#{xxhash.xxh3_64_hexdigest(facts.encode())}"
-        return Listing(self.uri, identity, files)
+        is_protected = self._store.endpoint().startswith("https:")
+        return Listing(self.uri, identity, files, is_protected)
 
     def open(self, file: SourceFile) -> FileReader:
         if file.identity not in self._etags:

@@ -27,6 +27,7 @@ class Shelf:
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
         self._lock = threading.RLock()
+        self._unpinned = threading.Condition(self._lock)
         self._files: dict[str, FileImage] = {}
         self._images: dict[str, Image] = {}
         self._models: dict[ModelId, Image] = {}
@@ -120,7 +121,7 @@ class Shelf:
     def try_pin(self, file: FileImage) -> bool:
         """Pins a whole file unless it has left."""
         with self._lock:
-            if self._files.get(file.file.identity) is not file:
+            if file not in self._files.values():
                 return False
             self.pin(file)
             return True
@@ -138,6 +139,7 @@ class Shelf:
                 file.is_whole = True
                 if file.num_leases:
                     self._arena.lease(file.extent)
+                self._merge(file)
             self._end(fill)
 
     def failed(self, fill: Fill) -> None:
@@ -153,6 +155,21 @@ class Shelf:
         """
         with self._lock:
             return self._withdraw(file)
+
+    def identify(self, file: FileImage, digest: str) -> None:
+        """Notes the digest of a whole file. Of files with the same one only the first stays, as
+        soon as nobody leases the other.
+        """
+        with self._lock:
+            file.digest = digest
+            self._merge(file)
+
+    def wait_unpinned(self, files: Iterable[FileImage]) -> None:
+        """Returns when no file stays only because somebody looks through it just now."""
+        with self._unpinned:
+            self._unpinned.wait_for(
+                lambda: all(file.num_users or not file.num_leases for file in files)
+            )
 
     def evict(self, model_id: ModelId) -> tuple[FileImage, ...]:
         """Takes a model out of DRAM. Its files, of which those go that nobody shares.
@@ -198,7 +215,7 @@ class Shelf:
     def files(self) -> tuple[FileImage, ...]:
         """Those that are whole, in the order in which they came."""
         with self._lock:
-            return tuple(file for file in self._files.values() if file.is_whole)
+            return tuple(file for file in dict.fromkeys(self._files.values()) if file.is_whole)
 
     def _fill(self, image: Image, new: Sequence[FileImage]) -> Fill | None:
         if not new:
@@ -260,11 +277,35 @@ class Shelf:
         file.num_leases -= 1
         if file.is_whole and not file.num_leases:
             self._arena.release(file.extent)
+            self._merge(file)
+        self._unpinned.notify_all()
+
+    def _merge(self, file: FileImage) -> None:
+        """Gives the users of a file that nobody leases to one with the same bytes, if there is."""
+        if not file.digest or not file.is_whole or file.num_leases:
+            return
+        if file not in self._files.values():
+            return
+        twins = (each for each in self.files() if each is not file)
+        twin = next((each for each in twins if each.digest == file.digest), None)
+        if twin is None:
+            return
+        for image in [image for image in self._images.values() if file in image.files]:
+            num_swapped = image.files.count(file)
+            image.files = tuple(twin if each is file else each for each in image.files)
+            twin.num_users += num_swapped
+            file.num_users -= num_swapped
+        for identity in self._identities(file):
+            self._files[identity] = twin
+        self._drop_file(file)
+
+    def _identities(self, file: FileImage) -> list[str]:
+        return [identity for identity, each in self._files.items() if each is file]
 
     def _withdraw(self, file: FileImage) -> tuple[ModelId, ...]:
         """Nobody finds the file, or an image with it, any more."""
-        if self._files.get(file.file.identity) is file:
-            del self._files[file.file.identity]
+        for identity in self._identities(file):
+            del self._files[identity]
         models: set[ModelId] = set()
         for image in [image for image in self._images.values() if file in image.files]:
             del self._images[image.identity]
@@ -289,8 +330,8 @@ class Shelf:
     def _drop_file(self, file: FileImage) -> None:
         if file.num_users or file.num_leases or file.extent.state is ExtentState.FREED:
             return
-        if self._files.get(file.file.identity) is file:
-            del self._files[file.file.identity]
+        for identity in self._identities(file):
+            del self._files[identity]
         self._arena.free(file.extent)
 
     def _check_open(self) -> None:

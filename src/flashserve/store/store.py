@@ -22,6 +22,7 @@ from flashserve.store.filling import Filler
 from flashserve.store.guard import Guard
 from flashserve.store.images import Fill, Image
 from flashserve.store.origin import Origin, Origins
+from flashserve.store.proof import Proof
 from flashserve.store.shelf import Shelf
 from flashserve.store.snapshot import Snapshot
 from flashserve.types import ModelId, ModelSpec, TensorSlice, Tier
@@ -116,7 +117,8 @@ class Store:
         self._origins = Origins(data_dir, settings)
         self._shelf = Shelf(self.arena)
         self._guard = Guard(self._shelf, self.arena, settings.scrub_bytes_per_s, self._damaged)
-        self._filler = Filler(self._shelf, self.arena, self._origins, settings, self._on_disk)
+        self._proof = Proof(self._shelf, self.arena, self._origins, settings, self._damaged)
+        self._filler = Filler(self._shelf, self.arena, self._origins, self._proof, self._on_disk)
         self._stopping = threading.Event()
         # Where each model comes from, as far as this store was asked for it.
         self._sources: dict[ModelId, str] = {}
@@ -127,6 +129,7 @@ class Store:
         for fill in self._shelf.close():
             fill.ended.wait()
         self._filler.close()
+        self._proof.close()
         self._guard.close()
         self._origins.close()
         self.arena.close()
@@ -242,6 +245,7 @@ class Store:
             if fill.stopping.is_set():
                 fill.ended.wait()
         self._filler.wait_written(files)
+        self._shelf.wait_unpinned(files)
         if tier <= Tier.DISK:
             self._evict_from_disk(model_id)
         gone = (file for file in files if file.extent.state is ExtentState.FREED)

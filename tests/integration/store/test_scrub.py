@@ -91,7 +91,7 @@ def test_a_late_digest_names_what_was_promised(arena, extents):
     try:
         for extent in extents:
             digester.submit(
-                lambda extent=extent: leased(arena, extent),
+                lambda extent=extent: iter([leased(arena, extent)]),
                 promised,
                 lambda *result: results.put(result),
             )

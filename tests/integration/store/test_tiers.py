@@ -1,8 +1,10 @@
 """The whole store over a remote source: to DRAM, to disk behind it, and back after a restart."""
 
 import contextlib
+import hashlib
 import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,9 @@ class FakeRemote:
         self.directory = directory
         self.is_up = True
         self.fails_at: int | None = None
+        self.is_protected = True
+        self.promises = False
+        self.num_flips = 0
         self.reads: list[tuple[str, int]] = []
         self.may_read = threading.Event()
         self.may_read.set()
@@ -44,9 +49,14 @@ class FakeRemote:
             raise SourceError(f"{self.uri} does not answer")
         found = list_directory(self.uri, self.directory)
         files = tuple(
-            SourceFile(file.name, file.num_bytes, f"etag:{file.identity}") for file in found.files
+            SourceFile(file.name, file.num_bytes, f"etag:{file.identity}", self._digests(file.name))
+            for file in found.files
         )
-        return Listing(self.uri, f"etag:{found.identity}", files)
+        return Listing(self.uri, f"etag:{found.identity}", files, self.is_protected)
+
+    def _digests(self, name: str) -> tuple[tuple[str, str], ...]:
+        md5 = hashlib.md5((self.directory / name).read_bytes()).hexdigest()
+        return (("md5", md5),) if self.promises else ()
 
     def open(self, file: SourceFile) -> "FakeReader":
         return FakeReader(self, file.name)
@@ -70,6 +80,9 @@ class FakeReader:
         with (self.source.directory / self.name).open("rb") as file:
             file.seek(begin)
             target[:] = file.read(len(target))
+        if is_weight and begin == CHUNK_BYTES and self.source.num_flips:
+            self.source.num_flips -= 1
+            target[77] ^= 1
 
     def close(self) -> None:
         pass
@@ -293,4 +306,82 @@ def test_a_local_file_that_rotted_is_named(tmp_path, remote):
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
         with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
             store.stage(local, Tier.DRAM)
+        assert store.usage().used == 0
+
+
+@pytest.mark.parametrize(("verify", "is_protected"), [("always", True), ("auto", False)])
+def test_a_bit_that_flips_in_transit_is_found_and_fetched_again_before_it_serves(
+    tmp_path, remote, verify, is_protected, caplog
+):
+    remote.promises, remote.is_protected, remote.num_flips = True, is_protected, 1
+    with running(tmp_path, SETTINGS.model_copy(update={"verify_fetches": verify})) as store:
+        with store.hold(spec()) as lease:
+            lease.arrival.subscribe(lambda _: None)
+            lease.arrival.wait()
+            assert image(store) == weights(remote)
+        assert "model.safetensors was damaged on its way here: its md5" in caplog.text
+        store.evict(M, Tier.DRAM)
+        remote.reads.clear()
+        store.stage(spec(), Tier.DRAM)
+        assert image(store) == weights(remote)
+        assert remote.reads == []  # the copy on disk is the second, good one
+
+
+def test_nothing_opens_before_an_unprotected_fetch_is_proved(tmp_path, remote):
+    remote.promises, remote.is_protected = True, False
+    remote.may_read.clear()
+    opened: list[int] = []
+    with running(tmp_path) as store, store.hold(spec()) as lease:
+        lease.arrival.subscribe(lambda num_open: opened.append((num_open, len(remote.reads))))
+        remote.may_read.set()
+        lease.arrival.wait()
+        assert {num_reads for num_open, num_reads in opened if num_open} == {4}
+
+
+def test_a_fetch_that_is_damaged_twice_is_refused_and_leaves_nothing(tmp_path, remote):
+    remote.promises, remote.is_protected, remote.num_flips = True, False, 2
+    with running(tmp_path) as store:
+        with pytest.raises(CheckpointError, match=r"m/model\.safetensors is damaged.*twice"):
+            store.stage(spec(), Tier.DRAM)
+        assert store.usage().used == 0
+        store.stage(spec(), Tier.DRAM)  # what was kept for resuming does not spoil the next one
+        assert image(store) == weights(remote)
+
+
+def test_damage_that_is_found_behind_withdraws_the_model_from_dram_and_disk(tmp_path, remote):
+    remote.promises, remote.num_flips = True, 1
+    with running(tmp_path) as store:
+        store.listener = listener = Recorder()
+        store.stage(spec(), Tier.DRAM)
+        while not any(call[0] == "damaged" for call in listener.calls):
+            listener.came.wait()
+            listener.came.clear()
+        (call,) = (call for call in listener.calls if call[0] == "damaged")
+        assert call[1] == (M,)
+        assert "was damaged on its way here: its md5" in call[2]
+        assert store.tier(spec()) is Tier.REMOTE
+        store.stage(spec(), Tier.DRAM)
+        assert image(store) == weights(remote)
+
+
+def test_files_of_equal_bytes_become_one_when_nobody_leases_the_other(tmp_path, remote):
+    for name in ("one", "two"):
+        place = tmp_path / name
+        place.mkdir()
+        (place / "config.json").write_text("{}")
+        (place / "model.safetensors").write_bytes(weights(remote))
+    one, two = ModelId("one"), ModelId("two")
+    with running(tmp_path) as store:
+        for name in (one, two):
+            store.stage(spec(name, str(tmp_path / name)), Tier.DRAM)
+        held = store.lease(two)
+        while not all(file.digest for file in store._shelf.files()):
+            time.sleep(0.01)
+        assert store.usage().used == 60 * MIB
+        held.release()
+        assert store.usage().used == 30 * MIB
+        assert store.extents(one) == store.extents(two)
+        assert image(store, "two") == weights(remote)
+        assert store.evict(one, Tier.DRAM) == 0
+        assert store.evict(two, Tier.DRAM) == 30 * MIB
         assert store.usage().used == 0

@@ -3,6 +3,7 @@ import hashlib
 import os
 import queue
 import threading
+from collections.abc import Iterator
 
 import blake3
 import numpy as np
@@ -15,11 +16,6 @@ DATA = np.random.default_rng(0).integers(0, 256, 5001, dtype=np.uint8).tobytes()
 MD5 = hashlib.md5(DATA).hexdigest()
 SHA256 = hashlib.sha256(DATA).hexdigest()
 BLAKE3 = blake3.blake3(DATA).hexdigest()
-
-
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    monkeypatch.setattr(digest, "CHUNK_BYTES", 1000)
 
 
 @pytest.fixture
@@ -42,8 +38,9 @@ class Results:
         return self._queue.get(timeout=60)
 
 
-def view() -> contextlib.AbstractContextManager[memoryview]:
-    return memoryview(DATA)
+def pieces() -> Iterator[contextlib.AbstractContextManager[memoryview] | None]:
+    for begin in range(0, len(DATA), 1000):
+        yield memoryview(DATA)[begin : begin + 1000]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +54,7 @@ def view() -> contextlib.AbstractContextManager[memoryview]:
 )
 def test_bytes_that_keep_what_was_promised(digester, promised):
     results = Results()
-    digester.submit(view, promised, results)
+    digester.submit(pieces, promised, results)
     assert results.next() == (BLAKE3, None)
 
 
@@ -74,27 +71,35 @@ def test_bytes_that_do_not_are_told_with_both_digests(digester, promised):
     name, wanted = promised[-1]
     found = {"md5": MD5, "sha256": SHA256, "blake3": BLAKE3}[name]
     results = Results()
-    digester.submit(view, promised, results)
+    digester.submit(pieces, promised, results)
     assert results.next() == (BLAKE3, f"its {name} is {found}, but its origin promised {wanted}")
 
 
 def test_an_empty_file_has_a_digest_too(digester):
     results = Results()
-    digester.submit(lambda: memoryview(b""), [], results)
+    digester.submit(lambda: iter(()), [], results)
     assert results.next() == (blake3.blake3().hexdigest(), None)
 
 
 def test_an_unknown_algorithm_is_refused_at_once(digester):
     with pytest.raises(ValueError, match="crc99"):
-        digester.submit(view, [("crc99", "00")], Results())
+        digester.submit(pieces, [("crc99", "00")], Results())
 
 
 def test_bytes_that_are_gone_are_passed_over(digester):
     gone, results = Results(), Results()
-    digester.submit(lambda: None, [("md5", MD5)], gone)
-    digester.submit(view, [], results)
+    digester.submit(lambda: iter([memoryview(DATA), None]), [("md5", MD5)], gone)
+    digester.submit(pieces, [], results)
     assert results.next() == (BLAKE3, None)
     assert gone._queue.empty()
+
+
+def test_a_job_that_fails_is_logged_and_the_next_one_is_done(digester, caplog):
+    results = Results()
+    digester.submit(lambda: iter([object()]), [], results)
+    digester.submit(pieces, [], results)
+    assert results.next() == (BLAKE3, None)
+    assert "a digest could not be computed" in caplog.text
 
 
 def test_nothing_is_held_when_the_digest_is_told(digester):
@@ -108,14 +113,14 @@ def test_nothing_is_held_when_the_digest_is_told(digester):
         yield memoryview(DATA)
         is_held = False
 
-    digester.submit(holding, [], lambda *_: held.put(is_held))
+    digester.submit(lambda: iter([holding()]), [], lambda *_: held.put(is_held))
     assert held.get(timeout=60) is False
 
 
 def test_it_runs_at_low_priority_alone(digester):
     priorities: queue.Queue[int] = queue.Queue()
     digester.submit(
-        view,
+        pieces,
         [],
         lambda *_: priorities.put(os.getpriority(os.PRIO_PROCESS, threading.get_native_id())),
     )
@@ -140,8 +145,8 @@ def test_stopping_ends_what_is_under_way_and_what_waits(monkeypatch):
 
     monkeypatch.setattr(digest.blake3, "blake3", Slow)
     results = Results()
-    digester.submit(view, [], results)
-    digester.submit(view, [], results)
+    digester.submit(pieces, [], results)
+    digester.submit(pieces, [], results)
     entered.wait()
     digester.stop()
     assert sizes == [1000]
