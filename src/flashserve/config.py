@@ -129,7 +129,8 @@ class StoreSettings(_Section):
     remote_retries: int = Field(5, ge=0)
     verify_fetches: Literal["auto", "always", "behind"] = "auto"
     """When the digest that a remote origin promises is compared: before the model serves (always),
-    after it started (behind), or auto: behind where TLS protects the transfer, else before."""
+    after it started (behind), or auto: behind where TLS protects the transfer or it stays on this
+    machine, else before."""
     execute_while_loading: bool = True
     """Start to compute with a model's first layers while the later ones are still on their way."""
     scrub_bytes_per_s: Rate = 32 << 20

@@ -225,3 +225,14 @@ def _is_inside(host: str | None) -> bool:
         return not ipaddress.ip_address(host or "").is_global
     except ValueError:
         return host == "localhost"
+
+
+def is_protected(url: str) -> bool:
+    """Whether nobody on the way can change what is read: TLS, or no way beyond this machine."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme == "https":
+        return True
+    try:
+        return ipaddress.ip_address(parts.hostname or "").is_loopback
+    except ValueError:
+        return parts.hostname == "localhost"

@@ -15,7 +15,7 @@ import xxhash
 
 from flashserve.config import StoreSettings
 from flashserve.errors import CheckpointError, SourceError
-from flashserve.store.connections import Place
+from flashserve.store.connections import Place, is_protected
 from flashserve.store.files import one_line, shown
 from flashserve.store.listed import select
 from flashserve.store.listing import FileReader, Listing, SourceFile
@@ -84,7 +84,7 @@ class HfSource:
             return self._listed_in(snapshot)
         facts = repr([(file.name, file.identity) for file in files])
         identity = f"hf:{self._repo}@{self._commit}#{xxhash.xxh3_64_hexdigest(facts.encode())}"
-        return Listing(self.uri, identity, files, _endpoint().startswith("https:"))
+        return Listing(self.uri, identity, files, is_protected(_endpoint()))
 
     def open(self, file: SourceFile) -> FileReader:
         if not self._remote and self._cached is None:

@@ -13,7 +13,7 @@ import xxhash
 
 from flashserve.config import StoreSettings
 from flashserve.errors import CheckpointError, SourceError
-from flashserve.store.connections import Place
+from flashserve.store.connections import Place, is_protected
 from flashserve.store.files import shown
 from flashserve.store.listed import select
 from flashserve.store.listing import FileReader, Listing, SourceFile
@@ -68,8 +68,7 @@ class S3Source:
             self._store.close()
         facts = repr([(file.name, file.identity) for file in files])
         identity = f"{self._place}#{xxhash.xxh3_64_hexdigest(facts.encode())}"
-        is_protected = self._store.endpoint().startswith("https:")
-        return Listing(self.uri, identity, files, is_protected)
+        return Listing(self.uri, identity, files, is_protected(self._store.endpoint()))
 
     def open(self, file: SourceFile) -> FileReader:
         if file.identity not in self._etags:

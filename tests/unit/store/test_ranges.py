@@ -8,7 +8,7 @@ import pytest
 from flashserve.config import StoreSettings
 from flashserve.errors import SourceError, UnavailableError
 from flashserve.store import ranges
-from flashserve.store.connections import Place
+from flashserve.store.connections import Place, is_protected
 from flashserve.store.ranges import RangeReader
 from flashserve.store.rate import RateLimit
 
@@ -190,3 +190,20 @@ def test_reading_nothing_asks_for_nothing():
     reader, _ = reader_of(pool)
     assert read(reader, 100, 0) == b""
     assert pool.asked == []
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://s3.example.org", True),
+        ("http://127.0.0.1:9000", True),
+        ("http://[::1]:9000", True),
+        ("http://localhost", True),
+        ("http://s3.example.org", False),
+        ("http://10.0.0.7", False),
+        ("http://localhost.example.org", False),
+        ("http://", False),
+    ],
+)
+def test_plain_http_is_protected_on_this_machine_only(url, expected):
+    assert is_protected(url) is expected
