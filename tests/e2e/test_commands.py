@@ -49,6 +49,7 @@ def test_ps_lists_the_models(server: Server) -> None:
         "replicas",
         "in_flight",
         "dram_bytes",
+        "leases",
         "last_used_s",
         "reason",
     ]

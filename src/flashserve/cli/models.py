@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,19 @@ from flashserve.cli.client import connect
 from flashserve.cli.options import AsJson, Name, Url
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:")
+_COLUMNS: dict[str, Callable[[Any], str]] = {
+    "name": str,
+    "state": str,
+    "tier": str,
+    "replicas": str,
+    "in_flight": str,
+    "dram_bytes": console.human_bytes,
+    "disk_bytes": console.human_bytes,
+    "leases": str,
+    "last_used_s": console.human_age,
+    "reason": str,
+}
+"""Of `ps`: what a model's object says, and how it is shown."""
 _STATE_STYLES = {"ready": "green", "loading": "yellow", "draining": "yellow", "failed": "red"}
 
 
@@ -80,10 +94,13 @@ def ps(url: Url = None, as_json: AsJson = False) -> None:
     if not models:
         console.print_line("no models are deployed: try `flashserve deploy smollm2 demo:smollm2`")
         return
+    columns = list(_COLUMNS)
+    if not any(model["disk_bytes"] for model in models):
+        columns.remove("disk_bytes")  # the disk tier holds nothing: there is no remote source
     console.print_table(
-        ["name", "state", "tier", "replicas", "in_flight", "dram_bytes", "last_used_s", "reason"],
-        [_row(model) for model in models],
-        right=["replicas", "in_flight", "dram_bytes", "last_used_s"],
+        columns,
+        [[_COLUMNS[column](model[column]) for column in columns] for model in models],
+        right=["replicas", "in_flight", "dram_bytes", "disk_bytes", "leases", "last_used_s"],
         fold=["name", "reason"],
         styles=_STATE_STYLES,
     )
@@ -116,19 +133,6 @@ def evict(
 def _absolute(source: str) -> str:
     """The server has a working directory of its own, so a relative path means nothing to it."""
     return source if _SCHEME.match(source) else str(Path(source).expanduser().absolute())
-
-
-def _row(model: dict[str, Any]) -> list[str]:
-    return [
-        model["name"],
-        model["state"],
-        model["tier"],
-        str(model["replicas"]),
-        str(model["in_flight"]),
-        console.human_bytes(model["dram_bytes"]),
-        console.human_age(model["last_used_s"]),
-        model["reason"],
-    ]
 
 
 def _print_model(model: dict[str, Any], *, as_json: bool) -> None:

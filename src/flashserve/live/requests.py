@@ -110,6 +110,10 @@ class ModelStatus:
     created_at: float
     """Unix time of the deployment."""
     kv: KVUsage | None = None
+    disk_bytes: int = 0
+    """Of the disk tier, which holds what was fetched from remote sources."""
+    leases: int = 0
+    """Replicas and readers that keep the bytes in DRAM where they are."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

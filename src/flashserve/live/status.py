@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -24,6 +25,8 @@ class Stats:
 
     dram_bytes: Mapping[ModelId, int]
     kv: Mapping[ModelId, KVUsage]
+    disk_bytes: Mapping[ModelId, int] = dataclasses.field(default_factory=dict)
+    leases: Mapping[ModelId, int] = dataclasses.field(default_factory=dict)
 
 
 NO_STATS = Stats({}, {})
@@ -32,15 +35,19 @@ NO_STATS = Stats({}, {})
 async def gather_stats(nodes: Sequence[Node]) -> Stats:
     """Ask every node at once; one that does not answer is left out and logged."""
     answers = await asyncio.gather(*(_ask(node) for node in nodes))
-    dram_bytes: dict[ModelId, int] = {}
+    dram_bytes: collections.Counter[ModelId] = collections.Counter()
+    disk_bytes: collections.Counter[ModelId] = collections.Counter()
+    leases: collections.Counter[ModelId] = collections.Counter()
     kv: dict[ModelId, KVUsage] = {}
     for stats in answers:
         for model_id, residence in stats.models.items() if stats else ():
-            dram_bytes[model_id] = dram_bytes.get(model_id, 0) + residence.dram_bytes
+            dram_bytes[model_id] += residence.dram_bytes
+            disk_bytes[model_id] += residence.disk_bytes
+            leases[model_id] += residence.num_leases
         for replica_id, worker in stats.replicas.items() if stats else ():
             model_id = _model_of(replica_id)
             kv[model_id] = _sum(kv.get(model_id, KVUsage()), worker.kv)
-    return Stats(dram_bytes, kv)
+    return Stats(dram_bytes, kv, disk_bytes, leases)
 
 
 def model_status(
@@ -59,6 +66,8 @@ def model_status(
         waiting=view.waiting,
         size_bytes=spec.size_bytes,
         dram_bytes=stats.dram_bytes.get(spec.model_id, view.dram_bytes),
+        disk_bytes=stats.disk_bytes.get(spec.model_id, 0),
+        leases=stats.leases.get(spec.model_id, 0),
         last_used_s=None if view.last_used_at is None else max(now - view.last_used_at, 0.0),
         keep_alive_s=keep_alive_s,
         reason=view.reason,

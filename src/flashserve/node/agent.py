@@ -144,14 +144,7 @@ class Agent:
         models = dict(self._models)
         return NodeStats(
             dram=self._store.usage(),
-            models=await self._queue.run(
-                lambda: {
-                    model_id: ModelResidence(
-                        self._store.tier(model), self._store.dram_bytes(model_id)
-                    )
-                    for model_id, model in models.items()
-                }
-            ),
+            models=await self._queue.run(lambda: _residences(self._store, models)),
             replicas=await self._replica_stats(),
         )
 
@@ -347,6 +340,16 @@ class Agent:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _residences(store: Store, models: dict[ModelId, ModelSpec]) -> dict[ModelId, ModelResidence]:
+    residents = store.residents()
+    found: dict[ModelId, ModelResidence] = {}
+    for model_id, model in models.items():
+        at = residents.get(model_id)
+        held = (at.dram_bytes, at.disk_bytes, at.num_leases) if at else (0, 0, 0)
+        found[model_id] = ModelResidence(store.tier(model), *held)
+    return found
 
 
 def _ignore(event: NodeEvent) -> None:

@@ -29,10 +29,16 @@ Address = pathlib.Path | tuple[str, int]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelResidence:
-    """Where a model's bytes are on a node, replicas apart."""
+    """Where a model's bytes are on a node, replicas apart.
+
+    dram_bytes and disk_bytes: what it takes of the arena and of the disk tier, alone or with
+    others; num_leases: how many replicas and readers keep its bytes in DRAM.
+    """
 
     tier: Tier
     dram_bytes: int
+    disk_bytes: int = 0
+    num_leases: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ class FakeNode:
 def node_stats(dram_bytes: int, replicas: dict[str, KVUsage]) -> NodeStats:
     return NodeStats(
         ArenaUsage(100, 50, 50),
-        {A: ModelResidence(Tier.DRAM, dram_bytes)},
+        {A: ModelResidence(Tier.DRAM, dram_bytes, 2 * dram_bytes, 1)},
         {ReplicaId(name): WorkerStats(kv, 0, 0) for name, kv in replicas.items()},
     )
 
@@ -41,4 +41,6 @@ def test_memory_adds_up_over_nodes_and_replicas_and_a_silent_node_is_left_out() 
     ]
     stats = asyncio.run(gather_stats(nodes))  # type: ignore[arg-type]
     assert stats.dram_bytes == {A: 7}
+    assert stats.disk_bytes == {A: 14}
+    assert stats.leases == {A: 2}
     assert stats.kv == {A: KVUsage(20, 5, 2, 13), B: KVUsage(5, 0, 0, 5)}
