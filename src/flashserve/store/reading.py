@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flashserve.config import StoreSettings
 from flashserve.errors import CheckpointError, SourceError
+from flashserve.store.cachestat import num_cached_pages
 from flashserve.store.files import one_line, open_file, resolve_file
 from flashserve.store.listing import CHUNK_BYTES, SourceFile
 
@@ -63,25 +64,15 @@ class LocalReader:
     def read(self, begin: int, target: memoryview) -> None:
         """Fills `target` with the bytes from `begin`; writes nothing beyond its end.
 
-        A read that must not wait still starts readahead where it finds a hole, of as much as it
-        asked for, and would bring in behind our back what is then read past the cache. So one page
-        of the middle is asked for first (the pages before it tell the kernel nothing of a
-        sequential reader), and forgotten again if it was not there, lest it mislead the next read.
-
         Raises:
             CheckpointError: the file changed since it was opened.
             SourceError: it cannot be read.
         """
         try:
-            probe = len(target) // 2 // _ALIGNMENT * _ALIGNMENT
-            with target[probe : probe + _ALIGNMENT] as page:
-                is_cached = self._read_at_once(begin + probe, page) > 0
-            done = self._read_cached(begin, target) if is_cached else 0
+            done = self._read_cached(begin, target) if self._is_cached(begin, target) else 0
             done = self._read_direct(begin, target, done)
             self._read_buffered(begin, target, done)
             self._check_same()
-            if not is_cached:
-                self._forget(begin + probe)
         except OSError as error:
             raise SourceError(f"{self._path} cannot be read: {one_line(error)}") from None
 
@@ -91,6 +82,25 @@ class LocalReader:
             os.close(self._direct)
             self._direct = -1
         self._file.close()
+
+    def _is_cached(self, begin: int, target: memoryview) -> bool:
+        """Whether the page cache has all that is wanted.
+
+        A kernel that does not say so is asked for one page of the middle: a read that must not
+        wait still starts readahead where it finds a hole, of as much as it asked for, and would
+        bring in behind our back what is then read past the cache. The page is forgotten again if
+        it was not there, lest it mislead the next read.
+        """
+        num_pages = -(-(begin % _ALIGNMENT + len(target)) // _ALIGNMENT)
+        found = num_cached_pages(self._buffered, begin, len(target))
+        if found is not None:
+            return found >= num_pages
+        probe = len(target) // 2 // _ALIGNMENT * _ALIGNMENT
+        with target[probe : probe + _ALIGNMENT] as page:
+            is_cached = self._read_at_once(begin + probe, page) > 0
+        if not is_cached:
+            self._forget(begin + probe)
+        return is_cached
 
     def _read_cached(self, begin: int, target: memoryview) -> int:
         """Takes what the page cache has, up to the first hole; how many bytes that were."""

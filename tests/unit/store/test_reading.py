@@ -73,8 +73,9 @@ class Kernel:
 
 @pytest.fixture
 def served(path, monkeypatch):
-    """A reader of the file whose kernel is a given one."""
+    """A reader of the file whose kernel is a given one, and does not tell what it has cached."""
     readers = []
+    monkeypatch.setattr(reading, "num_cached_pages", lambda *_: None)
 
     def serve(kernel: Kernel) -> LocalReader:
         reader = opened(path)
@@ -114,6 +115,19 @@ def test_what_the_page_cache_has_is_taken_from_it(served, target):
     served(kernel).read(0, target[:NUM_BYTES])
     assert target[:NUM_BYTES] == DATA
     assert set(kernel.kinds()) == {"cached"}
+
+
+@pytest.mark.parametrize(("num_pages", "kind"), [(13, "cached"), (12, "direct"), (0, "direct")])
+def test_a_kernel_that_tells_what_it_has_is_asked_for_no_byte(
+    served, target, monkeypatch, num_pages, kind
+):
+    kernel = Kernel(cached=NUM_BYTES if kind == "cached" else 0)
+    reader = served(kernel)
+    monkeypatch.setattr(reading, "num_cached_pages", lambda *_: num_pages)
+    reader.read(0, target[:NUM_BYTES])
+    assert target[:NUM_BYTES] == DATA
+    assert kernel.kinds()[0] == kind
+    assert set(kernel.kinds()) <= {kind, "buffered"}
 
 
 def test_what_it_lacks_is_read_past_it(served, target):
