@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashserve.cli import console
-from flashserve.cli.options import AsJson
-from flashserve.config import load_settings, parse_bytes
+from flashserve.cli.options import AsJson, make_data_dir, settings_for
+from flashserve.config import parse_bytes
 from flashserve.errors import InputError
 from flashserve.types import Tier
 
@@ -53,9 +53,9 @@ def calibrate(
     )
     from flashserve.store.source import open_source
 
-    settings = load_settings(**({} if data_dir is None else {"data_dir": data_dir}))
+    settings = settings_for(data_dir)
     num_bytes = _parse_size(size)
-    _make(settings.data_dir)
+    make_data_dir(settings.data_dir)
     remote = None
     if source is not None:
         remote = open_source(source, settings.data_dir, settings.store)
@@ -77,13 +77,6 @@ def _parse_size(size: str) -> int:
         return int(str(parse_bytes(size)))
     except ValueError:
         raise InputError(f"--size {size} is no size such as 512MiB") from None
-
-
-def _make(data_dir: Path) -> None:
-    try:
-        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the data directory {data_dir}: {error.strerror}") from None
 
 
 def _rows(measured: Calibration) -> list[list[str]]:

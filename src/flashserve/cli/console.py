@@ -73,14 +73,7 @@ def waiting(doing: str) -> Iterator[None]:
     """Shows that work goes on: a bar with the elapsed time, or a plain line now and then."""
     console = rich.console.Console(stderr=True, highlight=False)
     if console.is_terminal:
-        with rich.progress.Progress(
-            rich.progress.SpinnerColumn(),
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(bar_width=20),
-            rich.progress.TimeElapsedColumn(),
-            console=console,
-            transient=True,
-        ) as progress:
+        with _busy_bar(console) as progress:
             progress.add_task(doing, total=None)
             yield
         return
@@ -102,14 +95,7 @@ def steps(doing: str) -> Iterator[Callable[[str], None]]:
     if not console.is_terminal:
         yield lambda step: console.print(f"{doing}: {step}")
         return
-    with rich.progress.Progress(
-        rich.progress.SpinnerColumn(),
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(bar_width=20),
-        rich.progress.TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    ) as progress:
+    with _busy_bar(console) as progress:
         task = progress.add_task(doing, total=None)
         yield lambda step: progress.update(task, description=f"{doing}: {step}")
 
@@ -144,6 +130,18 @@ def progressing(doing: str) -> Iterator[Callable[[int, int], None]]:
             sys.stderr.write(f"{doing}: {human_bytes(done)} of {human_bytes(total)}\n")
 
     yield tell
+
+
+def _busy_bar(console: rich.console.Console) -> rich.progress.Progress:
+    """Moves as long as work goes on, whose end nobody knows."""
+    return rich.progress.Progress(
+        rich.progress.SpinnerColumn(),
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(bar_width=20),
+        rich.progress.TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
 
 
 def _remind(doing: str, done: threading.Event) -> None:

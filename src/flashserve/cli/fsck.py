@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flashserve.cli import console
-from flashserve.cli.options import AsJson
-from flashserve.config import load_settings
+from flashserve.cli.options import AsJson, settings_for
 from flashserve.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def fsck(
     The server must be stopped. Damaged bytes are fetched again from their source; a checkpoint that
     stays damaged is put aside, never served, and makes this command fail.
     """
-    settings = load_settings(**({} if data_dir is None else {"data_dir": data_dir}))
+    settings = settings_for(data_dir)
     root = settings.data_dir / "store"
     if not root.is_dir():
         raise InputError(f"{root} does not exist: nothing was fetched to disk there")

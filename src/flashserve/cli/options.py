@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from flashserve.config import Settings, load_settings
+from flashserve.errors import InputError
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The model's name.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
@@ -16,3 +20,16 @@ Url = Annotated[
         show_default=False,
     ),
 ]
+
+
+def settings_for(data_dir: Path | None) -> Settings:
+    """The settings in force; data_dir, if given, is stronger than all of them."""
+    return load_settings(**({} if data_dir is None else {"data_dir": data_dir}))
+
+
+def make_data_dir(path: Path) -> None:
+    """Private, because it holds what was deployed and the socket that needs no key."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the data directory {path}: {error.strerror}") from None

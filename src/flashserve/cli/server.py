@@ -9,13 +9,13 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import structlog
 import uvicorn
 import uvloop
 
 from flashserve.cli import console
+from flashserve.cli.options import make_data_dir
 from flashserve.config import ServerSettings, Settings
 from flashserve.errors import InputError
 from flashserve.gateway.app import create_app
@@ -41,20 +41,12 @@ def run_server(settings: Settings) -> None:
     configure_logging(settings.log_level, settings.log_format)
     check_binding(settings)
     with contextlib.ExitStack() as stack:
-        _make_data_dir(settings.data_dir)
+        make_data_dir(settings.data_dir)
         private = bind_unix_socket(settings.socket_path)
         stack.callback(private.close)
         public = stack.enter_context(_listen(settings.server))
         code = uvloop.run(_serve(settings, public, private.socket))
     sys.exit(code)
-
-
-def _make_data_dir(path: Path) -> None:
-    """Private, because it holds what was deployed and the socket that needs no key."""
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the data directory {path}: {error.strerror}") from None
 
 
 def _listen(server: ServerSettings) -> socket.socket:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 
@@ -61,8 +60,8 @@ class Guard:
     def next_piece(self) -> ScrubPiece[_Place] | None:
         """The next chunk of a round through all files; None at the end of a round."""
         for place in self._round:
-            if self._shelf.try_pin(place.file):
-                return ScrubPiece(self._pinned(place), place.file.checksums[place.index], place)
+            if (view := self._shelf.look_at(place.file, place.index)) is not None:
+                return ScrubPiece(view, place.file.checksums[place.index], place)
         files = self._shelf.files()
         self._round = (
             _Place(file, index) for file in files for index in range(file.file.num_chunks)
@@ -72,17 +71,6 @@ class Guard:
     def found(self, place: _Place) -> None:
         """A piece is damaged."""
         self._withdraw(place)
-
-    @contextlib.contextmanager
-    def _pinned(self, place: _Place) -> Iterator[memoryview]:
-        try:
-            with (
-                self._arena.memory(place.file.extent) as memory,
-                place.file.chunk(memory, place.index) as data,
-            ):
-                yield data
-        finally:
-            self._shelf.unpin(place.file)
 
     def _withdraw(self, place: _Place) -> str:
         file, begin = place.file, place.index * CHUNK_BYTES

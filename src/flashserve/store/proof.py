@@ -83,12 +83,4 @@ class Proof:
         self, file: FileImage
     ) -> Iterator[contextlib.AbstractContextManager[memoryview] | None]:
         for index in range(file.file.num_chunks):
-            yield self._pinned(file, index) if self._shelf.try_pin(file) else None
-
-    @contextlib.contextmanager
-    def _pinned(self, file: FileImage, index: int) -> Iterator[memoryview]:
-        try:
-            with self._arena.memory(file.extent) as memory, file.chunk(memory, index) as data:
-                yield data
-        finally:
-            self._shelf.unpin(file)
+            yield self._shelf.look_at(file, index)

@@ -5,8 +5,9 @@ Plain bookkeeping under one lock: nothing here reads, waits, or calls anybody el
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from flashserve.errors import ConflictError, ModelTooLargeError, UnavailableError
 from flashserve.store.dram import Arena, ExtentState, extent_bytes
@@ -125,6 +126,22 @@ class Shelf:
                 return False
             self.pin(file)
             return True
+
+    def look_at(
+        self, file: FileImage, index: int
+    ) -> contextlib.AbstractContextManager[memoryview] | None:
+        """The bytes of one chunk, pinned from now until the view is left; None if they have gone.
+        It must be entered.
+        """
+        return self._chunk(file, index) if self.try_pin(file) else None
+
+    @contextlib.contextmanager
+    def _chunk(self, file: FileImage, index: int) -> Iterator[memoryview]:
+        try:
+            with self._arena.memory(file.extent) as memory, file.chunk(memory, index) as data:
+                yield data
+        finally:
+            self.unpin(file)
 
     def unpin(self, file: FileImage) -> None:
         with self._lock:

@@ -20,7 +20,7 @@ from flashserve.store.diskbudget import DiskUsage
 from flashserve.store.dram import Arena, ArenaUsage, ExtentState
 from flashserve.store.filling import Filler
 from flashserve.store.guard import Guard
-from flashserve.store.images import Fill, Image
+from flashserve.store.images import Image
 from flashserve.store.origin import Origin, Origins
 from flashserve.store.proof import Proof
 from flashserve.store.shelf import Shelf
@@ -316,7 +316,7 @@ class Store:
             arrival.listen(progress)
         lease = Lease(self._shelf, image, model.model_id, arrival)
         if fill is not None:
-            self._start(origin, image, fill, model.model_id)
+            self._filler.start(origin, image, fill, model.model_id)
         return lease
 
     def _look(self, model: ModelSpec) -> Origin:
@@ -324,9 +324,6 @@ class Store:
             raise UnavailableError("the store is closed")
         self._sources[model.model_id] = model.source
         return self._origins.look(model.source)
-
-    def _start(self, origin: Origin, image: Image, fill: Fill, model_id: ModelId) -> None:
-        self._filler.start(origin, image, fill, model_id)
 
     def _stage_to_disk(self, model: ModelSpec) -> StageReport:
         began = time.monotonic()
