@@ -45,7 +45,7 @@ demo: $(INSTALLED) ## Answer one question from every tier, with receipts
 
 .PHONY: model
 model: $(INSTALLED) ## Convert the real small model that demo and tests use (once)
-	@$(BIN)/python -m flashserve.store.demo $(DEMO_DIR)/models/smollm2
+	@$(BIN)/python -m flashserve.store.sources.demo $(DEMO_DIR)/models/smollm2
 
 .PHONY: test
 test: model ## Run every test

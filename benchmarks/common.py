@@ -76,7 +76,7 @@ def value(number: float, unit: str, *, better: str, aim: float | None = None) ->
 def demo_model() -> Iterator[pathlib.Path]:
     """The real small model's directory, converted once per clone."""
     path = _ROOT / ".demo" / "models" / "smollm2"
-    subprocess.run([sys.executable, "-m", "flashserve.store.demo", str(path)], check=True)
+    subprocess.run([sys.executable, "-m", "flashserve.store.sources.demo", str(path)], check=True)
     yield path
 
 

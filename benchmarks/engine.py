@@ -37,8 +37,8 @@ from flashserve.engine import loading
 from flashserve.engine.engine import Engine
 from flashserve.engine.runner import allocate_pool
 from flashserve.messages.work import GenerateJob
-from flashserve.store.device import bind
-from flashserve.store.layout import read_layout
+from flashserve.store.checkpoint.layout import read_layout
+from flashserve.store.device.bind import bind
 from flashserve.types import SamplingParams, TensorSlice
 
 SEED = 0

@@ -17,11 +17,11 @@ from torch import nn
 
 from flashserve.errors import UnavailableError
 from flashserve.node.residents import Residents
-from flashserve.store.copier import DeviceCopier
-from flashserve.store.device import bind
-from flashserve.store.dram import attach
-from flashserve.store.order import groups
-from flashserve.store.regions import RegisteredArena
+from flashserve.store.checkpoint.order import groups
+from flashserve.store.device.bind import bind
+from flashserve.store.device.copier import DeviceCopier
+from flashserve.store.device.regions import RegisteredArena
+from flashserve.store.dram.arena import attach
 from flashserve.types import TensorSlice
 
 SEED = 0

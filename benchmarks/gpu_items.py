@@ -17,8 +17,8 @@ import transformers
 import common
 from flashserve.engine.selfcheck import CheckKey, SelfCheck
 from flashserve.errors import UnavailableError
-from flashserve.store.copier import CudaCopier
-from flashserve.store.regions import RegisteredArena
+from flashserve.store.device.copier import CudaCopier
+from flashserve.store.device.regions import RegisteredArena
 from gpu_checkpoint import GIB, MIB, Bench, Memory, address_of
 
 REPEATS = 5

@@ -34,7 +34,7 @@ import torch
 
 import common
 from flashserve.errors import UnavailableError
-from flashserve.store.copier import CpuCopier, CudaCopier, DeviceCopier
+from flashserve.store.device.copier import CpuCopier, CudaCopier, DeviceCopier
 from gpu_checkpoint import DRY, FULL, QUICK, SEED, Bench
 from gpu_items import ITEMS
 

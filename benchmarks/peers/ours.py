@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from flashserve.store.device import bind
-from flashserve.store.dram import attach
+from flashserve.store.device.bind import bind
+from flashserve.store.dram.arena import attach
 from flashserve.types import ModelId, ModelSpec, TensorSlice, Tier
 from peers.job import Job, Load, Loaded, faulted_buffer, pieces
 from stores import open_store
@@ -121,7 +121,7 @@ def from_source(job: Job) -> Load:
 def load_model(job: Job) -> Load:
     """What a user's own process calls, with a node running that has the bytes in DRAM."""
     from flashserve import load_model as load_from_node
-    from flashserve.store.handout_client import socket_path
+    from flashserve.store.handout.client import socket_path
 
     if not socket_path(pathlib.Path(job.env["FLASHSERVE_DATA_DIR"])).is_socket():
         raise RuntimeError("no node hands models out")  # it would read the files itself

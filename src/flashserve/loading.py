@@ -16,11 +16,11 @@ import numpy.typing as npt
 from flashserve.config import load_settings
 from flashserve.errors import SourceError
 from flashserve.opened import OpenTensors, RawTensor
-from flashserve.store.copies import read_copy, reading_store
-from flashserve.store.files import shown
-from flashserve.store.handout_client import fetch, socket_path
-from flashserve.store.mapped import MappedModel
-from flashserve.store.source import scheme_of
+from flashserve.store.checkpoint.files import shown
+from flashserve.store.handout.client import fetch, socket_path
+from flashserve.store.handout.copies import read_copy, reading_store
+from flashserve.store.handout.mapped import MappedModel
+from flashserve.store.sources.source import scheme_of
 
 if TYPE_CHECKING:
     import torch

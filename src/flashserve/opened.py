@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from flashserve.errors import ConflictError
-from flashserve.store.layout import DTYPE_BITS
-from flashserve.store.mapped import MappedModel
+from flashserve.store.checkpoint.layout import DTYPE_BITS
+from flashserve.store.handout.mapped import MappedModel
 from flashserve.types import TensorSlice
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from transformers import (
 
 from flashserve.errors import CheckpointError, UnsupportedModelError
 from flashserve.messages.handout import HandoutGrant
-from flashserve.store.device import TORCH_DTYPES
-from flashserve.store.files import one_line, shown
-from flashserve.store.mapped import MappedModel
+from flashserve.store.checkpoint.files import one_line, shown
+from flashserve.store.device.bind import TORCH_DTYPES
+from flashserve.store.handout.mapped import MappedModel
 from flashserve.types import TensorSlice
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def checkpoint() -> Path:
     """The real small model, converted once per clone."""
     path = REPOSITORY / ".demo" / "models" / "smollm2"
-    subprocess.run([sys.executable, "-m", "flashserve.store.demo", str(path)], check=True)
+    subprocess.run([sys.executable, "-m", "flashserve.store.sources.demo", str(path)], check=True)
     return path
 
 

@@ -25,8 +25,8 @@ from flashserve import load_model, open_snapshot
 from flashserve.config import StoreSettings
 from flashserve.errors import CheckpointError, ConflictError, SourceError, UnsupportedModelError
 from flashserve.node.sockets import bind_unix_socket
-from flashserve.store.handout import Handout
-from flashserve.store.handout_client import socket_path
+from flashserve.store.handout.client import socket_path
+from flashserve.store.handout.server import Handout
 from flashserve.store.store import Store
 from flashserve.types import ModelId, ModelSpec, Tier
 

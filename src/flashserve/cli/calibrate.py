@@ -51,7 +51,7 @@ def calibrate(
         calibrate_tiers,
         write_calibration,
     )
-    from flashserve.store.source import open_source
+    from flashserve.store.sources.source import open_source
 
     settings = settings_for(data_dir)
     num_bytes = _parse_size(size)

@@ -60,7 +60,7 @@ def show(checkpoint: Path) -> None:
     shared_memory = _names(_SHARED_MEMORY)
     _say("The model: SmolLM2-135M-Instruct, converted once and kept")
     if subprocess.run(  # noqa: S603
-        [sys.executable, "-m", "flashserve.store.demo", str(checkpoint)], check=False
+        [sys.executable, "-m", "flashserve.store.sources.demo", str(checkpoint)], check=False
     ).returncode:
         raise UnavailableError("the demo model could not be converted")
     with _server(checkpoint.parent) as (process_ids, client):

@@ -13,7 +13,7 @@ from flashserve.cli.options import AsJson, settings_for
 from flashserve.errors import InputError
 
 if TYPE_CHECKING:
-    from flashserve.store.fsck import FsckReport, Problem
+    from flashserve.store.disk.fsck import FsckReport, Problem
 
 
 def fsck(
@@ -36,8 +36,8 @@ def fsck(
     if not root.is_dir():
         raise InputError(f"{root} does not exist: nothing was fetched to disk there")
 
-    from flashserve.store.disktier import DiskTier
-    from flashserve.store.fsck import fsck as check
+    from flashserve.store.disk.fsck import fsck as check
+    from flashserve.store.disk.tier import DiskTier
     from flashserve.store.refetching import Refetcher
 
     tier = DiskTier(root, settings.store.disk_bytes)

@@ -17,7 +17,7 @@ from flashserve.live.runtime import Runtime
 from flashserve.live.text import ModelText, TextCache
 from flashserve.messages.events import ModelDeleted, ModelDeployed
 from flashserve.messages.work import ModelFacts
-from flashserve.store.source import check_allowed, scheme_of
+from flashserve.store.sources.source import check_allowed, scheme_of
 from flashserve.types import MODEL_NAME, ModelId, ModelSpec
 
 _MAX_NAMES_IN_ERROR = 20

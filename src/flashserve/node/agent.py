@@ -39,7 +39,7 @@ from flashserve.node.process import WORKER_COMMAND, threads_per_worker
 from flashserve.node.replica import Replica, staged_events
 from flashserve.node.staging import Operation, StagedModel, StoreQueue
 from flashserve.node.workers import Launcher, Worker
-from flashserve.store.source import open_source
+from flashserve.store.sources.source import open_source
 from flashserve.store.store import Store
 from flashserve.types import ModelId, ModelSpec, NodeId, NodeSpec, ReplicaId, Tier
 

@@ -12,8 +12,8 @@ from flashserve.engine import gates
 from flashserve.engine.gates import Gates
 from flashserve.errors import FlashServeError, InternalError
 from flashserve.messages.work import LoadModel
-from flashserve.store import order
-from flashserve.store.device import Pending, bind_arriving
+from flashserve.store.checkpoint import order
+from flashserve.store.device.bind import Pending, bind_arriving
 
 _log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from flashserve.messages.wire import Frame, Notice
 from flashserve.messages.work import GenerateJob, ModelFacts, TokenBatch, WorkerStats
 from flashserve.node.channel import Channel, open_channel
 from flashserve.node.protocol import GenerateOrder, Heartbeat, pack_tagged, unpack_event
-from flashserve.store.dram import ArenaUsage
+from flashserve.store.dram.arena import ArenaUsage
 from flashserve.types import ModelId, NodeSpec, ReplicaId, Tier
 
 _log = structlog.get_logger()

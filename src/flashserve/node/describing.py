@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flashserve.messages.work import DescribeModel, ModelDescription, ModelFacts, Prepare
 from flashserve.node.pool import WorkerPool
-from flashserve.store.snapshot import Snapshot
+from flashserve.store.checkpoint.snapshot import Snapshot
 from flashserve.types import TensorSlice, Tier
 
 

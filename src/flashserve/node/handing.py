@@ -9,8 +9,8 @@ import structlog
 from flashserve.config import Settings
 from flashserve.errors import ConflictError, InputError
 from flashserve.node.sockets import UnixListener, bind_unix_socket
-from flashserve.store.handout import Handout
-from flashserve.store.handout_client import socket_path
+from flashserve.store.handout.client import socket_path
+from flashserve.store.handout.server import Handout
 from flashserve.store.store import Store
 from flashserve.types import ModelId, ModelSpec
 

@@ -37,8 +37,8 @@ from flashserve.messages.work import (
     WorkerReady,
 )
 from flashserve.node.arriving import Arriving, bind_early
-from flashserve.store.device import bind
-from flashserve.store.dram import attach
+from flashserve.store.device.bind import bind
+from flashserve.store.dram.arena import attach
 
 _log = logging.getLogger(__name__)
 

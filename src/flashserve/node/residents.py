@@ -12,8 +12,8 @@ from torch import nn
 from flashserve.engine.selfcheck import SelfCheck
 from flashserve.errors import ConflictError, FlashServeError, SelfCheckError
 from flashserve.node.sleeping import Residence, ResidenceState
-from flashserve.store.copier import DeviceCopier
-from flashserve.store.regions import RegisteredArena
+from flashserve.store.device.copier import DeviceCopier
+from flashserve.store.device.regions import RegisteredArena
 from flashserve.types import TensorSlice
 
 _log = logging.getLogger(__name__)

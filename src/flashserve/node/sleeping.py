@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from flashserve.errors import InternalError, UnsupportedModelError
-from flashserve.store.copier import DeviceCopier, Event
-from flashserve.store.device import TORCH_DTYPES
-from flashserve.store.loadplan import Copy, Placement, lay_out, plan_copies
-from flashserve.store.regions import RegisteredArena
-from flashserve.store.slices import Part
+from flashserve.store.device.bind import TORCH_DTYPES
+from flashserve.store.device.copier import DeviceCopier, Event
+from flashserve.store.device.loadplan import Copy, Placement, lay_out, plan_copies
+from flashserve.store.device.regions import RegisteredArena
+from flashserve.store.device.slices import Part
 from flashserve.types import TensorSlice
 
 

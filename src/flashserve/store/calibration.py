@@ -24,9 +24,9 @@ import xxhash
 
 from flashserve.config import StoreSettings
 from flashserve.errors import InputError, SourceError
-from flashserve.store.files import one_line
-from flashserve.store.listing import CHUNK_BYTES, FileReader, Source, SourceFile
-from flashserve.store.reading import LocalReader, file_identity
+from flashserve.store.checkpoint.files import one_line
+from flashserve.store.checkpoint.listing import CHUNK_BYTES, FileReader, Source, SourceFile
+from flashserve.store.sources.reading import LocalReader, file_identity
 
 FILE_NAME = "calibration.json"
 NUM_ROUNDS = 3

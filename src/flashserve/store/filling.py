@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable
 
 from flashserve.errors import CheckpointError, FlashServeError, UnavailableError
 from flashserve.store.behind import WriteBehind
-from flashserve.store.dram import Arena
+from flashserve.store.disk.incoming import Incoming
+from flashserve.store.dram.arena import Arena
 from flashserve.store.images import FileImage, Fill, Image
-from flashserve.store.incoming import Incoming
 from flashserve.store.origin import Origin, Origins
 from flashserve.store.pipeline import FileLoad, checksum, load
 from flashserve.store.proof import Proof

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from flashserve.errors import CheckpointError
-from flashserve.store.dram import Arena
+from flashserve.store.checkpoint.listing import CHUNK_BYTES
+from flashserve.store.dram.arena import Arena
 from flashserve.store.images import FileImage, Image
-from flashserve.store.listing import CHUNK_BYTES
 from flashserve.store.pipeline import checksum
 from flashserve.store.scrub import Scrubber, ScrubPiece
 from flashserve.store.shelf import Shelf

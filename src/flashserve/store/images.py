@@ -8,11 +8,11 @@ import threading
 from collections.abc import Callable
 
 from flashserve.store.arrival import Arrival, StageReport
-from flashserve.store.dram import Extent
-from flashserve.store.listing import CHUNK_BYTES, SourceFile
-from flashserve.store.order import ChunkPlace, chunk_order
-from flashserve.store.order import groups as groups_of
-from flashserve.store.snapshot import Snapshot
+from flashserve.store.checkpoint.listing import CHUNK_BYTES, SourceFile
+from flashserve.store.checkpoint.order import ChunkPlace, chunk_order
+from flashserve.store.checkpoint.order import groups as groups_of
+from flashserve.store.checkpoint.snapshot import Snapshot
+from flashserve.store.dram.arena import Extent
 from flashserve.types import ModelId, TensorSlice
 
 

@@ -14,18 +14,18 @@ from typing import BinaryIO
 
 from flashserve.config import StoreSettings
 from flashserve.errors import CheckpointError, ConflictError, FlashServeError, SourceError
-from flashserve.store.disktier import DiskTier
-from flashserve.store.files import CheckpointFiles, DirectoryFiles, is_small
-from flashserve.store.incoming import Incoming
-from flashserve.store.listed import ListedFiles
-from flashserve.store.listing import CHUNK_BYTES, FileReader, Listing, Source, SourceFile
-from flashserve.store.local import DirectorySource
-from flashserve.store.manifest import Stored, key_of
+from flashserve.store.checkpoint.files import CheckpointFiles, DirectoryFiles, is_small
+from flashserve.store.checkpoint.listing import CHUNK_BYTES, FileReader, Listing, Source, SourceFile
+from flashserve.store.checkpoint.snapshot import Snapshot, read_snapshot
+from flashserve.store.disk.incoming import Incoming
+from flashserve.store.disk.manifest import Stored, key_of
+from flashserve.store.disk.tier import DiskTier
 from flashserve.store.pipeline import FileLoad, load
-from flashserve.store.rate import RateLimit
-from flashserve.store.reading import LocalReader
-from flashserve.store.snapshot import Snapshot, read_snapshot
-from flashserve.store.source import open_source
+from flashserve.store.sources.listed import ListedFiles
+from flashserve.store.sources.local import DirectorySource
+from flashserve.store.sources.rate import RateLimit
+from flashserve.store.sources.reading import LocalReader
+from flashserve.store.sources.source import open_source
 from flashserve.types import Tier
 
 _log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import xxhash
 
 from flashserve.errors import CheckpointError, UnavailableError
-from flashserve.store.listing import CHUNK_BYTES, FileReader
+from flashserve.store.checkpoint.listing import CHUNK_BYTES, FileReader
 
 
 def _unlimited(num_bytes: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from flashserve.config import StoreSettings
 from flashserve.store.digest import Digester, difference
-from flashserve.store.dram import Arena
+from flashserve.store.dram.arena import Arena
 from flashserve.store.images import FileImage
 from flashserve.store.origin import Origin, Origins
 from flashserve.store.shelf import Shelf

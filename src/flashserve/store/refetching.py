@@ -10,10 +10,10 @@ from types import TracebackType
 
 from flashserve.config import StoreSettings
 from flashserve.errors import InternalError
-from flashserve.store.chunks import chunk_bytes
-from flashserve.store.listing import CHUNK_BYTES, FileReader, Source, SourceFile
-from flashserve.store.manifest import Stored
-from flashserve.store.source import open_source
+from flashserve.store.checkpoint.listing import CHUNK_BYTES, FileReader, Source, SourceFile
+from flashserve.store.disk.chunks import chunk_bytes
+from flashserve.store.disk.manifest import Stored
+from flashserve.store.sources.source import open_source
 
 
 class Refetcher:

@@ -10,10 +10,10 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 
 from flashserve.errors import ConflictError, ModelTooLargeError, UnavailableError
-from flashserve.store.dram import Arena, ExtentState, extent_bytes
+from flashserve.store.checkpoint.listing import SourceFile
+from flashserve.store.checkpoint.snapshot import Snapshot
+from flashserve.store.dram.arena import Arena, ExtentState, extent_bytes
 from flashserve.store.images import FileImage, Fill, Image
-from flashserve.store.listing import SourceFile
-from flashserve.store.snapshot import Snapshot
 from flashserve.types import ModelId
 
 

@@ -16,15 +16,15 @@ from typing import Protocol
 from flashserve.config import StoreSettings
 from flashserve.errors import ConflictError, InputError, ModelTooLargeError, UnavailableError
 from flashserve.store.arrival import Arrival, Progress, StageReport
-from flashserve.store.diskbudget import DiskUsage
-from flashserve.store.dram import Arena, ArenaUsage, ExtentState
+from flashserve.store.checkpoint.snapshot import Snapshot
+from flashserve.store.disk.budget import DiskUsage
+from flashserve.store.dram.arena import Arena, ArenaUsage, ExtentState
 from flashserve.store.filling import Filler
 from flashserve.store.guard import Guard
 from flashserve.store.images import Image
 from flashserve.store.origin import Origin, Origins
 from flashserve.store.proof import Proof
 from flashserve.store.shelf import Shelf
-from flashserve.store.snapshot import Snapshot
 from flashserve.types import ModelId, ModelSpec, TensorSlice, Tier
 
 __all__ = ["Lease", "Residence", "StageReport", "Store", "StoreListener"]

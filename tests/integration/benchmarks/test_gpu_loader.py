@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gpu_loader
-from flashserve.store.copier import CpuCopier
+from flashserve.store.device.copier import CpuCopier
 from gpu_checkpoint import DRY, Bench
 from gpu_items import compare_bytes
 

@@ -15,8 +15,8 @@ from flashserve.engine import gates, loading
 from flashserve.engine.engine import Engine
 from flashserve.engine.gates import Gates
 from flashserve.errors import CheckpointError
-from flashserve.store import order
-from flashserve.store.device import Pending, bind_arriving
+from flashserve.store.checkpoint import order
+from flashserve.store.device.bind import Pending, bind_arriving
 from flashserve.types import TensorSlice
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}

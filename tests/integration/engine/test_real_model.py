@@ -19,8 +19,8 @@ from torch import nn
 from flashserve.config import EngineSettings
 from flashserve.engine import loading
 from flashserve.engine.engine import Engine
-from flashserve.store.device import bind
-from flashserve.store.layout import read_layout
+from flashserve.store.checkpoint.layout import read_layout
+from flashserve.store.device.bind import bind
 from flashserve.types import TensorSlice
 
 pytestmark = pytest.mark.integration
@@ -51,7 +51,7 @@ TEXTS = [
 def directory() -> pathlib.Path:
     """The checkpoint, converted once per clone."""
     path = REPOSITORY / ".demo" / "models" / "smollm2"
-    subprocess.run([sys.executable, "-m", "flashserve.store.demo", str(path)], check=True)
+    subprocess.run([sys.executable, "-m", "flashserve.store.sources.demo", str(path)], check=True)
     return path
 
 

@@ -25,7 +25,7 @@ from flashserve.messages.events import (
 )
 from flashserve.messages.work import GenerateJob, ModelFacts, TokenBatch, WorkerStats
 from flashserve.node.client import ModelResidence, NodeStats
-from flashserve.store.dram import ArenaUsage
+from flashserve.store.dram.arena import ArenaUsage
 from flashserve.types import (
     KVUsage,
     ModelId,

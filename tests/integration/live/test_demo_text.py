@@ -14,7 +14,7 @@ import transformers
 
 from flashserve.live.chat import ChatTemplate
 from flashserve.live.text import ModelText, load_text
-from flashserve.store.demo import convert
+from flashserve.store.sources.demo import convert
 
 pytestmark = pytest.mark.integration
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tests.integration.node.nodes import MIB, job
 from tests.integration.node.tiny import Tiny, make_tiny
-from tests.unit.store.fake_device import FakeDevice
-from tests.unit.store.test_device import Mapped
+from tests.unit.store.device.fake_device import FakeDevice
+from tests.unit.store.device.test_bind import Mapped
 from torch import nn
 
 from flashserve.config import EngineSettings
@@ -20,9 +20,9 @@ from flashserve.engine.forward import FusedForward
 from flashserve.errors import InternalError
 from flashserve.node.devicegates import DeviceGates
 from flashserve.node.sleeping import Residence
-from flashserve.store.device import bind
-from flashserve.store.order import groups
-from flashserve.store.regions import RegisteredArena
+from flashserve.store.checkpoint.order import groups
+from flashserve.store.device.bind import bind
+from flashserve.store.device.regions import RegisteredArena
 
 torch.set_num_threads(1)
 

@@ -25,8 +25,8 @@ from flashserve.errors import FlashServeError, ModelTooLargeError, SourceError, 
 from flashserve.messages import wire
 from flashserve.messages.events import Staged
 from flashserve.messages.handout import MAX_REQUEST_BYTES
-from flashserve.store.handout import Handout
-from flashserve.store.handout_client import fetch, socket_path
+from flashserve.store.handout.client import fetch, socket_path
+from flashserve.store.handout.server import Handout
 from flashserve.types import ModelId, ModelSpec, Tier
 
 pytestmark = pytest.mark.integration
@@ -299,7 +299,7 @@ def test_garbage_ends_its_own_connection_only(request_bytes, tmp_path):
 
 
 def test_a_client_that_asks_for_nothing_is_cut_off(tmp_path, monkeypatch):
-    monkeypatch.setattr("flashserve.store.handout._REQUEST_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("flashserve.store.handout.server._REQUEST_TIMEOUT_S", 0.01)
 
     async def check() -> None:
         settings = make_settings(tmp_path / "data")
@@ -316,7 +316,9 @@ def test_a_process_of_another_user_gets_nothing(tmp_path, monkeypatch):
         settings = make_settings(tmp_path / "data")
         async with node(settings):
             model = make_model(tmp_path, "m")
-            monkeypatch.setattr("flashserve.store.handout.os.getuid", lambda: os.geteuid() + 1)
+            monkeypatch.setattr(
+                "flashserve.store.handout.server.os.getuid", lambda: os.geteuid() + 1
+            )
             with pytest.raises(UnavailableError):
                 await asyncio.to_thread(fetch, socket_path(settings.data_dir), model.source)
 

@@ -17,7 +17,7 @@ from flashserve.errors import CheckpointError, ConflictError, DeployError
 from flashserve.messages.work import DescribeModel, LoadModel, Prepare
 from flashserve.node import hosting
 from flashserve.node.hosting import ModelHost, Skeletons
-from flashserve.store.dram import attach
+from flashserve.store.dram.arena import attach
 from flashserve.store.store import Lease, Store
 from flashserve.types import Tier
 

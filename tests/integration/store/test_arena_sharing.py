@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from flashserve.store.dram import EXTENT_ALIGNMENT
+from flashserve.store.dram.arena import EXTENT_ALIGNMENT
 from flashserve.store.store import Store
 from flashserve.types import ModelId, ModelSpec, Tier
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.integration
 
 READER = """
 import hashlib, json, mmap, os, sys
-from flashserve.store.dram import attach
+from flashserve.store.dram.arena import attach
 
 fd, num_bytes, offset, size = map(int, sys.argv[1:])
 mapping = attach(fd, num_bytes)

@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 
-from flashserve.store import device
-from flashserve.store.dram import attach
+from flashserve.store.device.bind import bind
+from flashserve.store.dram.arena import attach
 from flashserve.store.store import Store
 from flashserve.types import ModelId, ModelSpec, Tier
 
@@ -61,7 +61,7 @@ def test_its_tokenizer_loads_and_splits_as_the_original_does(directory):
 
 
 def test_a_second_conversion_finds_it_done(directory):
-    command = [sys.executable, "-m", "flashserve.store.demo", str(directory)]
+    command = [sys.executable, "-m", "flashserve.store.sources.demo", str(directory)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.endswith("is there already\n")
 
@@ -74,7 +74,7 @@ def test_bound_to_the_arena_it_answers_sensibly(store, directory):
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with store.lease(MODEL.model_id) as lease:
         arena: mmap.mmap = attach(store.arena.fd, store.arena.num_bytes)
-        device.bind(model, lease.tensors, arena, torch.bfloat16)
+        bind(model, lease.tensors, arena, torch.bfloat16)
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
         question = [{"role": "user", "content": "What is the capital of France?"}]
         ids = tokenizer.apply_chat_template(

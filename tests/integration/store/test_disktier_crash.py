@@ -16,10 +16,11 @@ import blake3
 import pytest
 import xxhash
 
-from flashserve.store import checking, chunks, incoming, listing
-from flashserve.store.disktier import DiskTier
-from flashserve.store.fsck import fsck
-from flashserve.store.listing import Listing, SourceFile
+from flashserve.store.checkpoint import listing
+from flashserve.store.checkpoint.listing import Listing, SourceFile
+from flashserve.store.disk import checking, chunks, incoming
+from flashserve.store.disk.fsck import fsck
+from flashserve.store.disk.tier import DiskTier
 
 CHUNK = 16 << 10
 BUDGET = 8 << 20

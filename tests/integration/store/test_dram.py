@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from flashserve.store.dram import EXTENT_ALIGNMENT, Arena
+from flashserve.store.dram.arena import EXTENT_ALIGNMENT, Arena
 
 pytestmark = pytest.mark.integration
 

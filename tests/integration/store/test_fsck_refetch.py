@@ -17,9 +17,9 @@ import xxhash
 from tests.integration.store import objectstore
 
 from flashserve.config import StoreSettings
-from flashserve.store.disktier import DiskTier
-from flashserve.store.listing import CHUNK_BYTES
-from flashserve.store.source import open_source
+from flashserve.store.checkpoint.listing import CHUNK_BYTES
+from flashserve.store.disk.tier import DiskTier
+from flashserve.store.sources.source import open_source
 
 URI = "s3://models/org/m"
 NUM_BYTES = 2 * CHUNK_BYTES + 4321

@@ -20,9 +20,9 @@ import json, sys
 from pathlib import Path
 from flashserve.config import StoreSettings
 from flashserve.errors import DeployError
-from flashserve.store.listed import ListedFiles
-from flashserve.store.snapshot import read_snapshot
-from flashserve.store.source import open_source
+from flashserve.store.sources.listed import ListedFiles
+from flashserve.store.checkpoint.snapshot import read_snapshot
+from flashserve.store.sources.source import open_source
 
 source = open_source(sys.argv[1], Path(), StoreSettings(remote_retries=1))
 try:

@@ -9,9 +9,9 @@ from tests.integration.store.faulty import FaultyServer
 
 from flashserve.config import StoreSettings
 from flashserve.errors import CheckpointError, SourceError, UnavailableError
-from flashserve.store.connections import Place
-from flashserve.store.ranges import RangeReader
-from flashserve.store.rate import RateLimit
+from flashserve.store.sources.connections import Place
+from flashserve.store.sources.ranges import RangeReader
+from flashserve.store.sources.rate import RateLimit
 
 DATA = random.Random(7).randbytes(1_500_000)
 NUM_BYTES = len(DATA)

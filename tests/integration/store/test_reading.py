@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from flashserve.config import StoreSettings
-from flashserve.store.dram import Arena
-from flashserve.store.listing import CHUNK_BYTES, SourceFile
-from flashserve.store.reading import LocalReader, file_identity
+from flashserve.store.checkpoint.listing import CHUNK_BYTES, SourceFile
+from flashserve.store.dram.arena import Arena
+from flashserve.store.sources.reading import LocalReader, file_identity
 
 pytestmark = pytest.mark.integration
 

@@ -15,13 +15,13 @@ from tests.integration.store import objectstore
 
 from flashserve.config import StoreSettings
 from flashserve.errors import CheckpointError, SourceError
-from flashserve.store import s3client
-from flashserve.store.layout import read_layout
-from flashserve.store.listed import ListedFiles
-from flashserve.store.listing import CHUNK_BYTES
-from flashserve.store.s3client import Object
-from flashserve.store.snapshot import read_snapshot
-from flashserve.store.source import open_source
+from flashserve.store.checkpoint.layout import read_layout
+from flashserve.store.checkpoint.listing import CHUNK_BYTES
+from flashserve.store.checkpoint.snapshot import read_snapshot
+from flashserve.store.sources import s3client
+from flashserve.store.sources.listed import ListedFiles
+from flashserve.store.sources.s3client import Object
+from flashserve.store.sources.source import open_source
 
 SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
 
@@ -232,7 +232,7 @@ def test_without_boto3_the_remedy_is_named(tmp_path):
         "import sys; sys.modules['boto3'] = None\n"
         "from pathlib import Path\n"
         "from flashserve.errors import SourceError\n"
-        "from flashserve.store.source import open_source\n"
+        "from flashserve.store.sources.source import open_source\n"
         "try:\n    open_source('s3://bucket/prefix', Path()).listing()\n"
         "except SourceError as error:\n    print(error)\n"
     )

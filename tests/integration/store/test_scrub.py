@@ -11,7 +11,7 @@ import pytest
 import xxhash
 
 from flashserve.store.digest import Digester
-from flashserve.store.dram import Arena, Extent
+from flashserve.store.dram.arena import Arena, Extent
 from flashserve.store.scrub import Scrubber, ScrubPiece
 
 pytestmark = pytest.mark.integration

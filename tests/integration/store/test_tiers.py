@@ -14,8 +14,8 @@ import safetensors.numpy
 from flashserve.config import StoreSettings
 from flashserve.errors import CheckpointError, ConflictError, SourceError, UnavailableError
 from flashserve.store import origin
-from flashserve.store.listing import CHUNK_BYTES, Listing, SourceFile
-from flashserve.store.local import DirectorySource, list_directory
+from flashserve.store.checkpoint.listing import CHUNK_BYTES, Listing, SourceFile
+from flashserve.store.sources.local import DirectorySource, list_directory
 from flashserve.store.store import Store
 from flashserve.types import ModelId, ModelSpec, Tier
 

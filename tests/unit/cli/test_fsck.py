@@ -9,8 +9,8 @@ import xxhash
 
 from flashserve.cli import main as cli
 from flashserve.errors import SourceError
-from flashserve.store.disktier import DiskTier
-from flashserve.store.listing import Listing, SourceFile
+from flashserve.store.checkpoint.listing import Listing, SourceFile
+from flashserve.store.disk.tier import DiskTier
 from flashserve.store.refetching import Refetcher
 
 DATA = b"weights" * 100

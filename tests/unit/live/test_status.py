@@ -8,7 +8,7 @@ from flashserve.errors import UnavailableError
 from flashserve.live.status import gather_stats
 from flashserve.messages.work import WorkerStats
 from flashserve.node.client import ModelResidence, NodeStats
-from flashserve.store.dram import ArenaUsage
+from flashserve.store.dram.arena import ArenaUsage
 from flashserve.types import KVUsage, ModelId, NodeId, NodeSpec, ReplicaId, Tier
 
 A, B = ModelId("a"), ModelId("b/c#d")

@@ -2,13 +2,13 @@ import dataclasses
 
 import pytest
 import torch
-from tests.unit.store.fake_device import FakeArena, FakeDevice
+from tests.unit.store.device.fake_device import FakeArena, FakeDevice
 from torch import nn
 
 from flashserve.engine.selfcheck import CheckKey, SelfCheck
 from flashserve.errors import CheckpointError, ConflictError, SelfCheckError, UnavailableError
 from flashserve.node.residents import Residents
-from flashserve.store.regions import RegisteredArena
+from flashserve.store.device.regions import RegisteredArena
 from flashserve.types import TensorSlice
 
 torch.set_num_threads(1)

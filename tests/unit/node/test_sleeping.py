@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 import transformers
-from tests.unit.store.fake_device import FakeArena, FakeDevice
-from tests.unit.store.test_device import CONFIGS, SIZES, Mapped, save, skeleton
+from tests.unit.store.device.fake_device import FakeArena, FakeDevice
+from tests.unit.store.device.test_bind import CONFIGS, SIZES, Mapped, save, skeleton
 
 from flashserve.errors import (
     CheckpointError,
@@ -18,11 +18,11 @@ from flashserve.errors import (
     UnsupportedModelError,
 )
 from flashserve.node.sleeping import Residence, ResidenceState
-from flashserve.store.copier import CpuCopier
-from flashserve.store.device import TORCH_DTYPES, bind
-from flashserve.store.order import groups
-from flashserve.store.regions import RegisteredArena
-from flashserve.store.slices import cut
+from flashserve.store.checkpoint.order import groups
+from flashserve.store.device.bind import TORCH_DTYPES, bind
+from flashserve.store.device.copier import CpuCopier
+from flashserve.store.device.regions import RegisteredArena
+from flashserve.store.device.slices import cut
 from flashserve.types import TensorSlice
 
 torch.set_num_threads(1)

@@ -13,7 +13,7 @@ from flashserve.store.calibration import (
     read_calibration,
     write_calibration,
 )
-from flashserve.store.listing import CHUNK_BYTES, FileReader, Listing, SourceFile
+from flashserve.store.checkpoint.listing import CHUNK_BYTES, FileReader, Listing, SourceFile
 from flashserve.types import Tier
 
 
