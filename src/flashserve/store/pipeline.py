@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import itertools
+import logging
 import mmap
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,8 @@ import xxhash
 
 from flashserve.errors import CheckpointError, UnavailableError
 from flashserve.store.checkpoint.listing import CHUNK_BYTES, FileReader
+
+_log = logging.getLogger(__name__)
 
 
 def _unlimited(num_bytes: int) -> None:
@@ -169,6 +172,7 @@ def _verified(file: FileLoad, index: int, data: memoryview) -> int:
         raise CheckpointError(
             f"{place}: they are no longer those that were read before; restore the file"
         )
+    _log.warning("%s; they are fetched again", place)
     reader = file.again()
     try:
         file.take(len(data))
