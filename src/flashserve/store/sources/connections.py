@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from flashserve.errors import SourceError
-from flashserve.store.checkpoint.files import shown
+from flashserve.store.checkpoint.files import one_line, shown
 
 MAX_REDIRECTS = 5
 _REDIRECTS = {301, 302, 303, 307, 308}
@@ -102,10 +102,15 @@ class Connection:
 
 
 class Pool:
-    """Connections of one reader, as many as its threads use at once. Thread-safe."""
+    """Connections of one reader, as many as its threads use at once. Thread-safe.
 
-    def __init__(self, timeout_s: float) -> None:
+    Args:
+        ca_bundle: a file of certificates to trust in place of the system's.
+    """
+
+    def __init__(self, timeout_s: float, ca_bundle: str | None = None) -> None:
         self._timeout_s = timeout_s
+        self._ca_bundle = ca_bundle
         self._lock = threading.Lock()
         self._idle: dict[tuple[str, str], list[Connection]] = collections.defaultdict(list)
         self._busy: set[Connection] = set()
@@ -113,9 +118,18 @@ class Pool:
         self._is_closed = False
 
     def tls(self) -> ssl.SSLContext:
-        """Called under the lock, while a connection is made."""
+        """Called under the lock, while a connection is made.
+
+        Raises:
+            SourceError: the file of certificates cannot be used.
+        """
         if self._tls is None:
-            self._tls = ssl.create_default_context()
+            try:
+                self._tls = ssl.create_default_context(cafile=self._ca_bundle)
+            except OSError as error:
+                raise SourceError(
+                    f"the certificates in {self._ca_bundle} cannot be used: {one_line(error)}"
+                ) from None
         return self._tls
 
     def get(self, place: Place, headers: Mapping[str, str]) -> tuple[Answer, Place]:

@@ -46,6 +46,7 @@ class RangeReader:
         limit: RateLimit,
         *,
         etag: str | None = None,
+        ca_bundle: str | None = None,
         wait: Callable[[float], object] | None = None,
         draw: Callable[[], float] = random.random,
     ) -> None:
@@ -58,6 +59,7 @@ class RangeReader:
             settings: connections, timeout, retries.
             limit: on bytes, shared with other readers.
             etag: as listed, without quotes; None where the place itself names the version.
+            ca_bundle: a file of certificates to trust in place of the system's.
             wait: sleeps between attempts; by default until the time is over or `close`.
             draw: a number in [0, 1), for jitter.
         """
@@ -68,7 +70,7 @@ class RangeReader:
         self._limit = limit
         self._etag = etag
         self._retries = settings.remote_retries
-        self._pool = Pool(settings.remote_timeout_s)
+        self._pool = Pool(settings.remote_timeout_s, ca_bundle)
         self._slots = threading.Semaphore(settings.remote_connections)
         self._closed = threading.Event()
         self._wait = wait or self._closed.wait

@@ -86,6 +86,7 @@ class S3Source:
             self._settings,
             remote_limit(self._settings.remote_bytes_per_s),
             etag=etag or None,
+            ca_bundle=self._store.ca_bundle(),
         )
 
     def _find(self) -> list[SourceFile]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from flashserve.errors import SourceError
 from flashserve.store.checkpoint.files import one_line
 
 SIGNED_S = 3600
-_TIMEOUT_S = 10.0
+_MAX_TIMEOUT_S = 10.0  # for an answer to a short question
 
 
 class Object(NamedTuple):
@@ -29,12 +30,19 @@ class ObjectStore:
 
     def __init__(self, bucket: str, settings: StoreSettings) -> None:
         self._bucket = bucket
-        self._retries = settings.remote_retries
+        self._settings = settings
         self._lock = threading.Lock()
         self._made: Any = None
 
     def endpoint(self) -> str:
         return str(self._client().meta.endpoint_url)
+
+    def ca_bundle(self) -> str | None:
+        """The file of certificates to trust, where the usual settings name one."""
+        import botocore.session
+
+        with self._translated():
+            return _ca_bundle(botocore.session.get_session())
 
     def objects(self, prefix: str) -> Iterator[Object]:
         """Those whose keys start with `prefix` and have no further slash.
@@ -81,7 +89,7 @@ class ObjectStore:
         with self._lock:
             if self._made is None:
                 with self._translated():
-                    self._made = _make_client(self._retries)
+                    self._made = _make_client(self._settings)
             return self._made
 
     @contextlib.contextmanager
@@ -108,17 +116,26 @@ class ObjectStore:
             raise SourceError(f"s3://{self._bucket} cannot be read: {one_line(error)}") from None
 
 
-def _make_client(retries: int) -> Any:
+def _ca_bundle(session: Any) -> str | None:
+    """What boto3 is told to trust, or else what Python is: one answer for listing and reading."""
+    named = session.get_config_variable("ca_bundle")
+    return named or os.environ.get("SSL_CERT_FILE") or None
+
+
+def _make_client(settings: StoreSettings) -> Any:
     import boto3
     import botocore
     import botocore.config
+    import botocore.session
 
-    session = boto3.Session()
+    core = botocore.session.get_session()
+    session = boto3.Session(botocore_session=core)
+    timeout_s = min(_MAX_TIMEOUT_S, settings.remote_timeout_s)
     has_credentials = session.get_credentials() is not None
     config = botocore.config.Config(
         signature_version="s3v4" if has_credentials else botocore.UNSIGNED,
-        connect_timeout=_TIMEOUT_S,
-        read_timeout=_TIMEOUT_S,
-        retries={"total_max_attempts": retries + 1, "mode": "standard"},
+        connect_timeout=timeout_s,
+        read_timeout=timeout_s,
+        retries={"total_max_attempts": settings.remote_retries + 1, "mode": "standard"},
     )
-    return session.client("s3", config=config)
+    return session.client("s3", config=config, verify=_ca_bundle(core))
