@@ -11,6 +11,8 @@ ModelId = NewType("ModelId", str)
 NodeId = NewType("NodeId", str)
 ReplicaId = NewType("ReplicaId", str)
 RequestId = NewType("RequestId", str)
+AdapterId = NewType("AdapterId", str)
+"""Of one version of an adapter, "NAME@VERSION": its weights never change."""
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9._/-]{1,128}")
 
@@ -69,6 +71,22 @@ class ModelSpec:
     architecture: str = ""
     context_tokens: int = 0
     has_chat_template: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """One version of a registered LoRA adapter, as nodes know it."""
+
+    name: str
+    version: int
+    base: ModelId
+    source: str
+    size_bytes: int
+    """Of its weight file."""
+
+    @property
+    def adapter_id(self) -> AdapterId:
+        return AdapterId(f"{self.name}@{self.version}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -65,8 +65,9 @@ class Span:
     def mask(self, window: int | None) -> torch.Tensor:
         """[rows, keys] booleans: causal, and at most `window` keys back."""
         if window not in self._masks:
-            queries = torch.arange(self.begin, self.end)[:, None]
-            keys = torch.arange(self.first_key(window), self.end)[None, :]
+            device = self._pool.device
+            queries = torch.arange(self.begin, self.end, device=device)[:, None]
+            keys = torch.arange(self.first_key(window), self.end, device=device)[None, :]
             seen = keys <= queries
             self._masks[window] = seen & (keys > queries - window) if window else seen
         return self._masks[window]

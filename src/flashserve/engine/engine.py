@@ -33,8 +33,8 @@ class Engine:
         model: from `loading.build_skeleton`, with its weights bound.
         settings: batch_invariant also turns prefix reuse off, because keys computed within
             another prompt may differ in the last bit.
-        kv_pool: flat uint8 memory for the keys and values; allocated here if not given. It may
-            have served another model before.
+        kv_pool: flat uint8 memory for the keys and values, where the weights are; allocated here
+            if not given. It may have served another model before.
         eos_token_ids: tokens that end a sequence; see `loading.eos_token_ids`.
         gates: where a step waits for weights that are still to come; None: all are there.
 
@@ -54,9 +54,10 @@ class Engine:
         self._context_tokens: int = config.max_position_embeddings
         self._vocab_size: int = config.vocab_size
         self._eos = frozenset(eos_token_ids)
+        weight = next(model.parameters())
         if kv_pool is None:
-            kv_pool = allocate_pool(settings.kv_bytes)
-        shape = KVShape.of(config, next(model.parameters()).dtype)
+            kv_pool = allocate_pool(settings.kv_bytes, weight.device)
+        shape = KVShape.of(config, weight.dtype)
         block_bytes = settings.block_tokens * shape.bytes_per_token
         num_blocks = kv_pool.numel() // block_bytes
         if num_blocks == 0:
@@ -106,6 +107,10 @@ class Engine:
 
     def kv_usage(self) -> KVUsage:
         return self._pool.usage()
+
+    def close(self) -> None:
+        """Leaves the model as it was before, for another engine. Once; nothing is asked after it."""
+        self._runner.close()
 
     def drop_cached(self) -> None:
         """Forgets all reusable prefixes."""

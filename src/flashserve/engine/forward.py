@@ -32,6 +32,9 @@ class Forward(Protocol):
     ) -> torch.Tensor:
         """Args: ids, positions: [T]; rows: [R] of them. Returns: [R, vocabulary]."""
 
+    def close(self) -> None:
+        """Takes off the model what was put on it."""
+
 
 class ModuleForward:
     """The model as transformers wrote it."""
@@ -52,11 +55,14 @@ class ModuleForward:
             flashserve_step=step,
         )
         if self._gates is not None and self._gates.is_open:
-            for hook in self._hooks:
-                hook.remove()
-            self._gates = None
+            self.close()
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def close(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+        self._gates = None
 
 
 def _hang(model: Any, gates: Gates) -> list[torch.utils.hooks.RemovableHandle]:
@@ -132,7 +138,7 @@ class FusedForward:
         self._scaling: float = first.scaling
         self._heads: int = config.num_attention_heads
         self._kv_heads: int = config.num_key_value_heads
-        self._eps = torch.tensor(config.rms_norm_eps)
+        self._eps = torch.tensor(config.rms_norm_eps, device=self._embedding.device)
         layers = _ArrivingLayers(
             [
                 functools.partial(self._layer, index, layer, config)
@@ -196,6 +202,8 @@ class FusedForward:
             self._layers, self._gates = list(self._layers), None
         hidden = self._normalise(hidden.index_select(0, rows), self._norm)
         return torch.mm(hidden, self._head)
+
+    def close(self) -> None: ...
 
     def _attention(
         self,

@@ -40,6 +40,11 @@ class Gates:
         return self._num_open >= self.num_groups and self._error is None
 
     @property
+    def failure(self) -> FlashServeError | None:
+        """Why the rest will not come."""
+        return self._error
+
+    @property
     def waited_s(self) -> float:
         """Seconds that were spent waiting so far, a wait under way included."""
         with self._changed:

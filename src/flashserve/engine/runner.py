@@ -17,6 +17,7 @@ from flashserve.errors import UnavailableError
 
 # With fewer rows, bf16 products take another path, whose results differ in the last bit.
 _INVARIANT_ROWS = 4
+_CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class Runner:
 
     Args:
         model: a causal language model of transformers whose attention is `paged_attention`.
-        pool: keys and values, [layers, slots, 2, kv_heads, head_dim].
+        pool: keys and values, [layers, slots, 2, kv_heads, head_dim], on the model's device.
         block_tokens: slots of one block.
         batch_invariant: compute at least _INVARIANT_ROWS rows at a time.
         gates: where a forward waits for weights that are still to come; None: all are there.
@@ -71,11 +72,16 @@ class Runner:
     ) -> None:
         self._forward = choose_forward(model, gates)
         self._pool = pool
+        self._device = pool.device
         self._block_tokens = block_tokens
         self._min_rows = _INVARIANT_ROWS if batch_invariant else 1
         for module in model.modules():
             if isinstance(module, Experts):
                 module.min_rows = self._min_rows
+
+    def close(self) -> None:
+        """Leaves the model as it was before. Once; nothing is run after it."""
+        self._forward.close()
 
     @torch.inference_mode()
     def run(self, segments: list[Segment]) -> torch.Tensor:
@@ -92,10 +98,11 @@ class Runner:
         num_sampled = len(rows)
         padding = max(0, self._min_rows - len(ids))
         rows += [rows[-1]] * max(0, self._min_rows - num_sampled) if rows else []
+        device = self._device
         logits = self._forward(
-            torch.tensor(ids + ids[-1:] * padding),
-            torch.tensor(positions + positions[-1:] * padding),
-            torch.tensor(rows, dtype=torch.int64),
+            torch.tensor(ids + ids[-1:] * padding, device=device),
+            torch.tensor(positions + positions[-1:] * padding, device=device),
+            torch.tensor(rows, dtype=torch.int64, device=device),
             step,
         )
         return logits[:num_sampled]
@@ -110,7 +117,9 @@ class Runner:
             spans.append(Span(self._pool, row, segment.begin, segment.end, found))
             writes.append(_part(found, segment.begin, segment.end))
             row += segment.end - segment.begin
-        write = writes[0] if len(writes) == 1 else torch.cat([_index(part) for part in writes])
+        if len(writes) == 1:
+            return AttentionStep(self._pool, spans, writes[0])
+        write = torch.cat([_index(part, self._device) for part in writes])
         return AttentionStep(self._pool, spans, write)
 
     def _slots(self, sequence: Sequence) -> Slots:
@@ -119,8 +128,8 @@ class Runner:
         num_blocks = len(sequence.blocks)
         if sequence.blocks == list(range(first, first + num_blocks)):
             return slice(first * size, (first + num_blocks) * size)
-        blocks = torch.tensor(sequence.blocks)[:, None]
-        return (blocks * size + torch.arange(size)).flatten()
+        blocks = torch.tensor(sequence.blocks, device=self._device)[:, None]
+        return (blocks * size + torch.arange(size, device=self._device)).flatten()
 
 
 def _part(slots: Slots, begin: int, end: int) -> Slots:
@@ -129,21 +138,21 @@ def _part(slots: Slots, begin: int, end: int) -> Slots:
     return slots[begin:end]
 
 
-def _index(slots: Slots) -> torch.Tensor:
+def _index(slots: Slots, device: torch.device) -> torch.Tensor:
     if isinstance(slots, slice):
-        return torch.arange(slots.start, slots.stop)
+        return torch.arange(slots.start, slots.stop, device=device)
     return slots
 
 
-def allocate_pool(num_bytes: int) -> torch.Tensor:
-    """A flat uint8 pool whose memory is taken from the kernel now, not at first use.
+def allocate_pool(num_bytes: int, device: torch.device = _CPU) -> torch.Tensor:
+    """A flat uint8 pool whose memory is taken now, not at first use.
 
     Raises:
-        UnavailableError: the machine does not have it.
+        UnavailableError: the machine, or the device, does not have it.
     """
     try:
-        return torch.zeros(num_bytes, dtype=torch.uint8).fill_(0)
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=device).fill_(0)
     except RuntimeError as error:
         raise UnavailableError(
-            f"no memory for a KV pool of {num_bytes} bytes; lower engine.kv_bytes"
+            f"no memory on {device} for a KV pool of {num_bytes} bytes; lower engine.kv_bytes"
         ) from error

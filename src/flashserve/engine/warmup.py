@@ -26,14 +26,14 @@ _TINY_CONFIG: dict[str, Any] = {
 }
 
 
-def warm_up() -> None:
+def warm_up(device: torch.device) -> None:
     """Runs a tiny random model through every path of the engine; takes a second or two, once.
 
     Whole prompt, chunks, decodes alone and together, greedy and random draws, in float32 and
     bfloat16.
     """
     for dtype in (torch.float32, torch.bfloat16):
-        model = loading.build_skeleton(_TINY_CONFIG, dtype, device="cpu")
+        model = loading.build_skeleton(_TINY_CONFIG, dtype, device=str(device))
         settings = EngineSettings(kv_bytes=1 << 20, max_batch_tokens=48)
         engine = Engine(model, settings)
         drawn = SamplingParams(temperature=1.0, top_p=0.9, seed=0, max_tokens=4, logprobs=1)

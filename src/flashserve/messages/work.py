@@ -3,14 +3,16 @@
 | method     | call or stream | body         | answer            |
 |------------|----------------|--------------|-------------------|
 | load       | call           | LoadModel    | LoadReport        |
-| unload     | call           | -            | -                 |
+| unload     | call           | -            | UnloadReport      |
 | describe   | call           | DescribeModel| ModelDescription  |
 | generate   | stream         | GenerateJob  | TokenBatch items  |
 | prepare    | notice         | Prepare      | -                 |
 | opened     | notice         | Opened       | -                 |
 | failed     | notice         | ArrivalFailed| -                 |
+| adapter    | notice         | AdapterImage | -                 |
+| drop       | call           | AdapterId    | -                 |
 | stats      | call           | -            | WorkerStats       |
-A worker's first frame is the notice `ready` with a WorkerReady.
+A worker's first frame is the notice `ready` with a WorkerReady; it may send `lost`, a ModelLost.
 """
 
 from __future__ import annotations
@@ -18,7 +20,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from flashserve.types import KVUsage, ModelId, SamplingParams, TensorSlice, Tier, TokenOutput
+from flashserve.types import (
+    AdapterId,
+    KVUsage,
+    ModelId,
+    SamplingParams,
+    TensorSlice,
+    Tier,
+    TokenOutput,
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,6 +36,7 @@ class WorkerReady:
     pid: int
     torch_version: str
     num_threads: int
+    device: str = "cpu"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,6 +54,8 @@ class LoadModel:
     tensors: tuple[TensorSlice, ...]
     num_groups: int = 0
     num_open: int = 0
+    identity: str = ""
+    """Of the checkpoint's content. A model that sleeps under it wakes; without one, none does."""
 
     @property
     def is_whole(self) -> bool:
@@ -73,6 +86,23 @@ class LoadReport:
     init_s: float
     """Everything else: building the module, the KV pool, first-use work."""
     kv: KVUsage
+    was_asleep: bool = False
+    """It was not built anew."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class UnloadReport:
+    asleep: tuple[ModelId, ...] = ()
+    """Models that this worker would wake instead of building them anew."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelLost:
+    """A worker cannot go on with the model that it had loaded, and holds it no more."""
+
+    model_id: ModelId
+    code: str
+    message: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -109,6 +139,46 @@ class ModelFacts:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class LoraLayer:
+    """The low-rank update of one linear layer or embedding: W x + scaling * B A x.
+
+    module is the base model's name of it, as in `model.layers.0.self_attn.q_proj`. For a linear
+    layer a is [rank, in_features] and b [out_features, rank]; for an embedding a is
+    [rank, vocabulary] and b [hidden, rank].
+    """
+
+    module: str
+    scaling: float
+    a: TensorSlice
+    b: TensorSlice
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AdapterImage:
+    """An adapter whose bytes lie in the arena until the worker has answered `drop`.
+
+    The worker copies what it needs into its own memory when a sequence is to use it.
+    """
+
+    adapter_id: AdapterId
+    layers: tuple[LoraLayer, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """What a node finds out about an adapter before it is registered; see Node.describe_adapter."""
+
+    size_bytes: int
+    identity: str
+    """Of the content: another one means other weights."""
+    rank: int
+    """The largest of its layers'."""
+    num_parameters: int
+    targets: tuple[str, ...]
+    """The kinds of modules that it adapts, such as q_proj, sorted."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class GenerateJob:
     """One sequence. `emitted_ids` are tokens that another replica produced before it was lost:
     they are not sent again, and the next output has index len(emitted_ids).
@@ -121,6 +191,8 @@ class GenerateJob:
     salt: str = ""
     """Separates the reusable prefixes of adapters; empty for the base model."""
     reuse_prefix: bool = True
+    adapter_id: AdapterId | None = None
+    """Whose update to the base model's weights counts; salt must separate its prefixes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -151,6 +223,8 @@ class Prepare:
     config: dict[str, Any]
     tensors: tuple[TensorSlice, ...]
     """Their types decide the empty module's; offsets are not used."""
+    identity: str = ""
+    """A worker in which it sleeps needs no empty module."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 from flashserve.errors import CheckpointError, FlashServeError, UnavailableError
 from flashserve.store.behind import WriteBehind
+from flashserve.store.checkpoint.files import is_small
 from flashserve.store.disk.incoming import Incoming
 from flashserve.store.dram.arena import Arena
 from flashserve.store.images import FileImage, Fill, Image
@@ -18,7 +19,8 @@ from flashserve.store.origin import Origin, Origins
 from flashserve.store.pipeline import FileLoad, checksum, load
 from flashserve.store.proof import Proof
 from flashserve.store.shelf import Shelf
-from flashserve.types import ModelId
+from flashserve.store.transfers import Transfer, Transfers
+from flashserve.types import ModelId, Tier
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ class Filler:
         self._origins = origins
         self._proof = proof
         self._on_disk = on_disk
+        self.transfers = Transfers()
         # By the identity of what is on its way to disk. Told when one ends.
         self._writing: dict[str, WriteBehind | None] = {}
         self._pinned: collections.Counter[FileImage] = collections.Counter()
@@ -64,7 +67,7 @@ class Filler:
         run = lambda: self._run(origin, image, fill, model_id)  # noqa: E731
         threading.Thread(target=run, name="store-fill", daemon=True).start()
 
-    def fetch(self, origin: Origin, stopping: threading.Event) -> int:
+    def fetch(self, origin: Origin, model_id: ModelId, stopping: threading.Event) -> int:
         """Brings a remote checkpoint to disk, unless it is there; how many bytes it has then.
 
         Raises:
@@ -84,8 +87,11 @@ class Filler:
             incoming = self._origins.begin(origin)
             if incoming is None:
                 raise UnavailableError(f"{origin.listing.uri} is being written by somebody else")
-            with contextlib.closing(incoming):
-                self._origins.fetch(origin, incoming, stopping)
+            weights = (file for file in origin.listing.files if not is_small(file.name))
+            num_bytes = sum(file.num_bytes for file in weights)
+            transfer = Transfer(origin.listing.uri, model_id, Tier.REMOTE, Tier.DISK, num_bytes)
+            with contextlib.closing(incoming), self.transfers.running(transfer):
+                self._origins.fetch(origin, incoming, stopping, transfer)
         finally:
             self._written(identity)
         return sum(file.num_bytes for file in origin.listing.files)
@@ -127,10 +133,15 @@ class Filler:
         """Who writes to disk behind, if anybody."""
         behind = self._write_behind(origin, fill, model_id)
         is_whole = False
+        from_tier = Tier.REMOTE if origin.is_fetched else Tier.DISK
+        transfer = Transfer(origin.listing.uri, model_id, from_tier, Tier.DRAM, fill.num_bytes)
         try:
-            with self._origins.pinned(origin), contextlib.ExitStack() as stack:
-                incoming, writer = behind or (None, None)
-                loads = [self._load(origin, file, incoming, writer, stack) for file in fill.files]
+            with (
+                self._origins.pinned(origin),
+                self.transfers.running(transfer),
+                contextlib.ExitStack() as stack,
+            ):
+                loads = [self._load(origin, file, behind, transfer, stack) for file in fill.files]
                 threads = max((each.reader.preferred_threads for each in loads), default=1)
                 load(loads, fill.order, num_threads=threads, stopping=fill.stopping)
                 self._check_unchanged(origin)
@@ -158,10 +169,11 @@ class Filler:
         self,
         origin: Origin,
         file: FileImage,
-        incoming: Incoming | None,
-        writer: WriteBehind | None,
+        behind: tuple[Incoming, WriteBehind] | None,
+        transfer: Transfer,
         stack: contextlib.ExitStack,
     ) -> FileLoad:
+        incoming, writer = behind or (None, None)
         memory = stack.enter_context(self._arena.memory(file.extent))
         written = incoming.done(file.file.name) if incoming else {}
         is_open = not self._proof.comes_first(origin, file)
@@ -170,6 +182,11 @@ class Filler:
             if writer and written.get(index) != checksum:
                 writer.put(file.file.name, index, data, checksum)
                 written[index] = checksum
+                transfer.read(len(data))
+            elif writer:
+                transfer.found(len(data))
+            else:
+                transfer.read(len(data))
             if is_open:
                 file.chunk_done(index, checksum)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 
 from flashserve.errors import CheckpointError
@@ -23,6 +24,20 @@ class _Place:
     index: int
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class ScrubReport:
+    """How far the round through all files is. rate_bytes_per_s: 0 for a scrub that is off.
+
+    num_rounds: how many came to their end; ended_s: seconds since the last of them did.
+    """
+
+    rate_bytes_per_s: int = 0
+    done_bytes: int = 0
+    round_bytes: int = 0
+    num_rounds: int = 0
+    ended_s: float | None = None
+
+
 class Guard:
     """Scrubs all whole files in turn, in the background, unless the rate is 0.
 
@@ -34,6 +49,12 @@ class Guard:
         self._shelf = shelf
         self._arena = arena
         self._damaged = damaged
+        self.num_damaged = 0
+        """Chunks that were found damaged, by the scrub or by `verify`."""
+        self._rate_bytes_per_s = rate_bytes_per_s
+        # Of the round; written by the scrub's thread alone.
+        self._done_bytes = self._round_bytes = self._num_rounds = 0
+        self._ended_at: float | None = None
         self._round: Iterator[_Place] = iter(())
         self._scrubber: Scrubber[_Place] | None = None
         if rate_bytes_per_s:
@@ -60,19 +81,31 @@ class Guard:
     def next_piece(self) -> ScrubPiece[_Place] | None:
         """The next chunk of a round through all files; None at the end of a round."""
         for place in self._round:
+            self._done_bytes += place.file.chunk_bytes(place.index)
             if (view := self._shelf.look_at(place.file, place.index)) is not None:
                 return ScrubPiece(view, place.file.checksums[place.index], place)
+        if self._round_bytes:
+            self._num_rounds += 1
+            self._ended_at = time.monotonic()
         files = self._shelf.files()
+        self._done_bytes, self._round_bytes = 0, sum(file.file.num_bytes for file in files)
         self._round = (
             _Place(file, index) for file in files for index in range(file.file.num_chunks)
         )
         return None
+
+    def report(self) -> ScrubReport:
+        ended_s = None if self._ended_at is None else time.monotonic() - self._ended_at
+        return ScrubReport(
+            self._rate_bytes_per_s, self._done_bytes, self._round_bytes, self._num_rounds, ended_s
+        )
 
     def found(self, place: _Place) -> None:
         """A piece is damaged."""
         self._withdraw(place)
 
     def _withdraw(self, place: _Place) -> str:
+        self.num_damaged += 1
         file, begin = place.file, place.index * CHUNK_BYTES
         message = (
             f"the copy of {file.path} in DRAM is damaged between its bytes {begin} and "

@@ -42,7 +42,7 @@ class FileImage:
         return tuple(self._checksums[index] for index in range(self.file.num_chunks))
 
     def chunk_bytes(self, index: int) -> int:
-        return min(CHUNK_BYTES, self.file.num_bytes - index * CHUNK_BYTES)
+        return self.file.chunk_bytes(index)
 
     def chunk(self, memory: memoryview, index: int) -> memoryview:
         """The bytes of one chunk; `memory` is the extent's."""

@@ -26,6 +26,7 @@ from flashserve.store.sources.local import DirectorySource
 from flashserve.store.sources.rate import RateLimit
 from flashserve.store.sources.reading import LocalReader
 from flashserve.store.sources.source import open_source
+from flashserve.store.transfers import Transfer
 from flashserve.types import Tier
 
 _log = logging.getLogger(__name__)
@@ -210,8 +211,13 @@ class Origins:
         readers.callback(reader.close)
         return loaded
 
-    def fetch(self, origin: Origin, incoming: Incoming, stopping: threading.Event) -> None:
+    def fetch(
+        self, origin: Origin, incoming: Incoming, stopping: threading.Event, transfer: Transfer
+    ) -> None:
         """Brings what is missing of a remote checkpoint to disk, and to no other place.
+
+        Args:
+            transfer: told of every chunk that is there or comes.
 
         Raises:
             FlashServeError: it cannot be read or written; what is there can be resumed.
@@ -226,9 +232,11 @@ class Origins:
                     index: int, data: memoryview, checksum: int, name: str = file.name
                 ) -> None:
                     incoming.write_chunk(name, index, data, checksum)
+                    transfer.read(len(data))
 
                 files.append(self.file_load(origin, file, None, write, None, readers))
                 order += [(number, n) for n in range(file.num_chunks) if n not in done]
+                transfer.found(sum(file.chunk_bytes(n) for n in done))
             num_threads = self._settings.remote_connections
             load(files, order, num_threads=num_threads, stopping=stopping)
         incoming.complete()

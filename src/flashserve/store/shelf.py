@@ -34,6 +34,8 @@ class Shelf:
         self._models: dict[ModelId, Image] = {}
         self._fills: set[Fill] = set()
         self._is_closed = False
+        self.num_evicted = 0
+        """Models that have left by `evict`."""
 
     def close(self) -> tuple[Fill, ...]:
         """Claims and leases are refused from now on, and reads told to stop; those that run."""
@@ -202,6 +204,7 @@ class Shelf:
                 state = "in use" if image.is_whole else "being staged"
                 raise ConflictError(f"model {model_id} is {state}")
             self._detach(model_id)
+            self.num_evicted += 1
             return image.files
 
     def forget(self, model_id: ModelId) -> None:

@@ -24,6 +24,7 @@ from flashserve.store.guard import Guard
 from flashserve.store.images import Image
 from flashserve.store.origin import Origin, Origins
 from flashserve.store.proof import Proof
+from flashserve.store.reporting import Reporter, StoreReport
 from flashserve.store.shelf import Shelf
 from flashserve.types import ModelId, ModelSpec, TensorSlice, Tier
 
@@ -119,6 +120,9 @@ class Store:
         self._guard = Guard(self._shelf, self.arena, settings.scrub_bytes_per_s, self._damaged)
         self._proof = Proof(self._shelf, self.arena, self._origins, settings, self._damaged)
         self._filler = Filler(self._shelf, self.arena, self._origins, self._proof, self._on_disk)
+        self._reporter = Reporter(
+            self.arena, self._shelf, self._guard, self._origins, self._filler.transfers
+        )
         self._stopping = threading.Event()
         # Where each model comes from, as far as this store was asked for it.
         self._sources: dict[ModelId, str] = {}
@@ -273,6 +277,10 @@ class Store:
         disk = self._origins.disk
         return disk.usage() if disk else DiskUsage(0, 0, 0)
 
+    def report(self) -> StoreReport:
+        """What the tiers hold and do just now."""
+        return self._reporter.report()
+
     def dram_bytes(self, model_id: ModelId) -> int:
         """Bytes of the arena that the model takes, alone or with others; 0 when it is not there."""
         image = self._shelf.models().get(model_id)
@@ -327,7 +335,7 @@ class Store:
 
     def _stage_to_disk(self, model: ModelSpec) -> StageReport:
         began = time.monotonic()
-        num_bytes = self._filler.fetch(self._look(model), self._stopping)
+        num_bytes = self._filler.fetch(self._look(model), model.model_id, self._stopping)
         return StageReport(num_bytes, time.monotonic() - began)
 
     def _evict_from_disk(self, model_id: ModelId) -> None:

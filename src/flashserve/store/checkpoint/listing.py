@@ -30,6 +30,9 @@ class SourceFile:
     def num_chunks(self) -> int:
         return -(-self.num_bytes // CHUNK_BYTES)
 
+    def chunk_bytes(self, index: int) -> int:
+        return min(CHUNK_BYTES, self.num_bytes - index * CHUNK_BYTES)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Listing:

@@ -59,6 +59,8 @@ class DiskTier:
         self.root = root
         self._budget_bytes = budget_bytes
         self._clock = clock
+        self.num_evicted = 0
+        """Checkpoints that made room, or were asked to go."""
         self._lock = threading.RLock()
         self._held: dict[str, Incoming] = {}
         self._pins: collections.Counter[str] = collections.Counter()
@@ -76,6 +78,12 @@ class DiskTier:
         """What was found damaged, and put aside, since the tier was opened."""
         with self._lock:
             return tuple(self.index.problems)
+
+    @property
+    def num_pins(self) -> int:
+        """How often checkpoints are kept from being evicted."""
+        with self._lock:
+            return self._pins.total()
 
     def close(self) -> None:
         """Fetches under way end, and can be resumed; the root is free for another process."""
@@ -142,6 +150,7 @@ class DiskTier:
                 before = self._used()
                 for area in (CHECKPOINTS, INCOMING, QUARANTINE):
                     if entry := self.index.entries.get((area, key)):
+                        self.num_evicted += area == CHECKPOINTS
                         self._discard(entry)
                 freed = before - self._used()
             self.index.empty_trash()
@@ -226,6 +235,7 @@ class DiskTier:
             reserved_bytes=self._reserved(),
         )
         for victim in victims:
+            self.num_evicted += victim.area == CHECKPOINTS
             self._discard(victim)
 
     def _open_incoming(self, listing: Listing, key: str) -> Incoming:

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Iterable
 
 from flashserve.errors import ConflictError, InputError, ModelTooLargeError, UnavailableError
-from flashserve.store.dram.memory import Placement, place, sealed_copy
+from flashserve.store.dram.memory import Placement, huge_page_bytes, place, sealed_copy
 
 EXTENT_ALIGNMENT = 2 << 20
 
@@ -113,6 +113,15 @@ class Arena:
     def prefault_refusal(self) -> str | None:
         """Why the kernel would not fault memory ahead, if so: it then comes on first use."""
         return self._prefaulter.refusal if self._prefaulter else None
+
+    @property
+    def is_prefaulting(self) -> bool:
+        """Whether the background thread will take more."""
+        return self._prefaulter is not None and self._prefaulter.is_running
+
+    def huge_page_bytes(self) -> int:
+        """How much of the arena is mapped with huge pages; asks the kernel where it may be any."""
+        return huge_page_bytes(self._address) if self.placement.huge_pages else 0
 
     def usage(self) -> ArenaUsage:
         with self._lock:
@@ -270,6 +279,10 @@ class _Prefaulter:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="arena-prefault", daemon=True)
         self._thread.start()
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
 
     def stop(self) -> None:
         self._stopping.set()

@@ -123,6 +123,23 @@ def node_mask(nodes: tuple[int, ...]) -> ctypes.Array[ctypes.c_ulong]:
     return mask
 
 
+def huge_page_bytes(address: int, smaps: Path = Path("/proc/self/smaps")) -> int:
+    """Bytes of the shared mapping at `address` in huge pages; 0 where the kernel is silent."""
+    begin = f"{address:x}-"
+    is_ours = False
+    try:
+        with smaps.open() as lines:
+            for line in lines:
+                name, _, rest = line.partition(" ")
+                if not name.endswith(":"):  # a range of addresses opens a mapping's lines
+                    is_ours = name.startswith(begin)
+                elif is_ours and name == "ShmemPmdMapped:":
+                    return int(rest.split()[0]) * 1024
+    except OSError:
+        return 0
+    return 0
+
+
 def sealed_copy(pieces: Iterable[memoryview]) -> int:
     """A new memfd with the bytes of `pieces` one after another, which nobody can change any more.
 
