@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from typing import Protocol
 from flashserve.errors import FlashServeError
 
 _log = logging.getLogger(__name__)
+
+_NICENESS = 10  # below who reads, serves and computes: nobody waits for the copy on disk
 
 
 class ChunkStore(Protocol):
@@ -68,6 +71,7 @@ class WriteBehind:
         self._thread.join()
 
     def _run(self) -> None:
+        _step_back()
         is_on_disk = False
         try:
             if self._write_all() and self._is_whole:
@@ -110,3 +114,10 @@ class WriteBehind:
             self._has_ended = chunk is None
             return chunk
         return None
+
+
+def _step_back() -> None:
+    """Lowers the calling thread's priority; a process that is nicer already stays so."""
+    thread = threading.get_native_id()
+    niceness = max(_NICENESS, os.getpriority(os.PRIO_PROCESS, thread))
+    os.setpriority(os.PRIO_PROCESS, thread, niceness)

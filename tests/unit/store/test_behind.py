@@ -1,4 +1,5 @@
 import logging
+import os
 import threading
 
 from flashserve.errors import UnavailableError
@@ -82,3 +83,17 @@ def test_stopping_writes_no_more_and_nobody_who_reads_waits():
     assert ends == [False]
     assert len(incoming.calls) <= 2
     assert incoming.calls[-1] == ("abandon", True)
+
+
+def test_the_writing_thread_steps_back_behind_those_that_read():
+    incoming = FakeIncoming()
+    priorities: list[int] = []
+    here = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    behind = WriteBehind(
+        "s3://b/m",
+        incoming,
+        lambda _: priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id())),
+    )
+    behind.end(is_whole=True)
+    behind.join()
+    assert priorities == [max(here, 10)]

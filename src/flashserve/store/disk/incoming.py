@@ -16,7 +16,7 @@ import xxhash
 
 from flashserve.errors import CheckpointError, ConflictError, InternalError
 from flashserve.store.checkpoint.listing import CHUNK_BYTES, Listing, SourceFile
-from flashserve.store.disk.chunks import chunk_bytes, good_chunks, pread_chunk, pwrite_chunk
+from flashserve.store.disk.chunks import ChunkWriter, chunk_bytes, good_chunks, pread_chunk
 from flashserve.store.disk.contents import journal_name, part_name, settle
 from flashserve.store.disk.folder import Folder, disk_errors
 from flashserve.store.disk.journal import Journal
@@ -119,8 +119,7 @@ class Incoming:
         if not 0 <= index < file.num_chunks or len(data) != chunk_bytes(file, index):
             raise InternalError(f"chunk {index} of {name} cannot have {len(data)} bytes")
         with disk_errors(self._root), self._using(name) as part:
-            pwrite_chunk(part.fd, index, data)
-            part.sync_after(len(data))
+            part.write(index, data)
             part.vouch(index, checksum)
 
     def set_digest(self, name: str, digest: str) -> None:
@@ -230,20 +229,27 @@ class _Part:
         except BaseException:
             os.close(self.fd)
             raise
+        self._writer: ChunkWriter | None = None
+        self._lock = threading.Lock()
+        self._unsynced = 0
         try:
             os.ftruncate(self.fd, file.num_bytes)
             self.done = good_chunks(self.fd, file, self._journal.recorded)
+            self._writer = ChunkWriter(self.fd)
         except BaseException:
             self.close()
             raise
-        self._lock = threading.Lock()
-        self._unsynced = 0
+
+    def write(self, index: int, data: memoryview) -> None:
+        assert self._writer is not None
+        self._writer.write(index, data)
+        self._sync_after(len(data))
 
     def vouch(self, index: int, checksum: int) -> None:
         self._journal.append(index, checksum)
         self.done[index] = checksum
 
-    def sync_after(self, num_bytes: int) -> None:
+    def _sync_after(self, num_bytes: int) -> None:
         """Sends written bytes to the disk now and then, so that the last sync is short."""
         with self._lock:
             self._unsynced += num_bytes
@@ -254,5 +260,7 @@ class _Part:
             os.fdatasync(self.fd)
 
     def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
         self._journal.close()
         os.close(self.fd)
