@@ -105,6 +105,8 @@ class NodeSettings(_Section):
     """Worker processes kept ready; each serves one model at a time."""
     threads_per_worker: int = Field(0, ge=0)
     """Compute threads of one worker; 0 divides the cores among the workers."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What workers compute on; auto is CUDA where there is a device that torch can use."""
     dram_bytes: Bytes = _default_dram_bytes()
     """Size of the arena that holds checkpoints in host memory."""
     prefault: bool = True
@@ -127,6 +129,9 @@ class StoreSettings(_Section):
     remote_timeout_s: PositiveFloat = 20.0
     """A remote read that brings no byte for so long is given up and tried again."""
     remote_retries: int = Field(5, ge=0)
+    recheck_s: float = Field(60.0, ge=0)
+    """Least time between two looks at a remote source whose model starts from memory; they are made
+    in the background, so a start may be served one last time from the version before."""
     verify_fetches: Literal["auto", "always", "behind"] = "auto"
     """When the digest that a remote origin promises is compared: before the model serves (always),
     after it started (behind), or auto: behind where TLS protects the transfer or it stays on this
@@ -139,6 +144,9 @@ class StoreSettings(_Section):
     """Ask the kernel for huge pages for the arena where it has them for shared memory."""
     handout_bytes: Bytes = Field(default_factory=_default_dram_bytes)
     """Memory for copies of models that other processes (load_model, open_snapshot) hold."""
+    handout_keep_s: float = Field(30.0, ge=0)
+    """A copy that no process holds any more stays so long for the next one, unless another needs
+    its room."""
 
 
 class EngineSettings(_Section):

@@ -34,6 +34,7 @@ class FileImage:
         self._checksums: dict[int, int] = {}
         self._watchers: list[tuple[Arrival, tuple[int, ...]]] = []
         self._has_landed = False
+        self._error: BaseException | None = None
         self._lock = threading.Lock()
 
     @property
@@ -50,14 +51,18 @@ class FileImage:
         return memory[begin : begin + self.chunk_bytes(index)]
 
     def watch(self, arrival: Arrival, groups: tuple[int, ...]) -> None:
-        """Tells `arrival` of every chunk that is there or comes, and then of the landing.
+        """Tells `arrival` of every chunk that is there or comes, and then of the landing, or that
+        the rest will not come.
 
         groups: for each chunk the first group that needs it, and at last the one that waits for
         the landing.
         """
         with self._lock:
             self._watchers.append((arrival, groups))
-            done, has_landed = tuple(self._checksums), self._has_landed
+            done, has_landed, error = tuple(self._checksums), self._has_landed, self._error
+        if error is not None:
+            arrival.fail(error)
+            return
         for index in done:
             arrival.add(groups[index], self.chunk_bytes(index))
         if has_landed:
@@ -82,6 +87,7 @@ class FileImage:
     def fail(self, error: BaseException) -> None:
         """The rest will not come. Called without the shelf's lock."""
         with self._lock:
+            self._error = error
             watchers, self._watchers = self._watchers, []
         for arrival, _ in watchers:
             arrival.fail(error)
@@ -131,6 +137,10 @@ class Image:
             )
             for tensor in self.snapshot.layout.tensors
         )
+
+    def arrived(self) -> Arrival:
+        """Of an image that is whole."""
+        return Arrival([0] * self.num_groups)
 
     def arrival(self, report: Callable[[float], StageReport]) -> Arrival:
         """Follows all chunks of all files from now on; `report` as for Arrival."""

@@ -81,7 +81,7 @@ class Origins:
         Raises:
             SourceError, CheckpointError: it cannot be had.
         """
-        source = open_source(uri, self._data_dir, self._settings)
+        source = self._open_source(uri)
         try:
             listing = source.listing()
         except SourceError as error:
@@ -93,6 +93,19 @@ class Origins:
         is_here = source.lowest_tier is not Tier.REMOTE
         find = self.disk.find if self.disk and not is_here else None
         return Origin(source, listing, find(listing.identity) if find else None)
+
+    def ask(self, uri: str) -> tuple[Source, Listing]:
+        """What the source itself holds now, whatever is on disk of it.
+
+        Raises:
+            SourceError, CheckpointError: it cannot be had.
+        """
+        source = self._open_source(uri)
+        return source, source.listing()
+
+    def is_far(self, uri: str) -> bool:
+        """Whether it takes the network to look at a source."""
+        return self._open_source(uri).lowest_tier is Tier.REMOTE
 
     def on_disk(self, uri: str) -> Stored | None:
         """The newest whole copy of a remote source in the disk tier."""
@@ -170,10 +183,19 @@ class Origins:
         file: SourceFile,
         memory: memoryview | None,
         on_chunk: OnChunk,
-        incoming: Incoming | None,
         readers: contextlib.ExitStack,
+        *,
+        resumed: tuple[Incoming, dict[int, int]] | None = None,
+        on_damage: Callable[[int], None] = lambda _: None,
     ) -> FileLoad:
-        """How one file is read from the nearest place; its readers close with `readers`."""
+        """How one file is read from the nearest place; its readers close with `readers`.
+
+        Args:
+            resumed: what an interrupted fetch left, and the checksums of the file's chunks in it by
+                index; one that turns out to be damaged there is taken out.
+            on_damage: told the index of a chunk that is damaged in the disk tier, once it has been
+                fetched again.
+        """
         path, again = f"{origin.listing.uri.rstrip('/')}/{file.name}", None
         reader: FileReader
         if origin.stored is not None:
@@ -189,6 +211,7 @@ class Origins:
                 dict(enumerate(known)),
                 again,
                 self._disk_limit.take,
+                on_damage,
             )
         elif not origin.is_remote:
             reader = origin.source.open(file)
@@ -203,10 +226,9 @@ class Origins:
                 self._disk_limit.take,
             )
         else:
-            done = incoming.done(file.name) if incoming else {}
             reader = origin.source.open(file)
-            if incoming and done:
-                reader = _Resumed(reader, incoming, file, done)
+            if resumed and resumed[1]:
+                reader = _Resumed(reader, resumed[0], file, resumed[1])
             loaded = FileLoad(path, file.num_bytes, reader, memory, on_chunk)
         readers.callback(reader.close)
         return loaded
@@ -234,12 +256,15 @@ class Origins:
                     incoming.write_chunk(name, index, data, checksum)
                     transfer.read(len(data))
 
-                files.append(self.file_load(origin, file, None, write, None, readers))
+                files.append(self.file_load(origin, file, None, write, readers))
                 order += [(number, n) for n in range(file.num_chunks) if n not in done]
                 transfer.found(sum(file.chunk_bytes(n) for n in done))
             num_threads = self._settings.remote_connections
             load(files, order, num_threads=num_threads, stopping=stopping)
         incoming.complete()
+
+    def _open_source(self, uri: str) -> Source:
+        return open_source(uri, self._data_dir, self._settings)
 
     def _small_files(self, origin: Origin) -> Path:
         """A directory with config, tokenizer and the like of a remote checkpoint.
@@ -309,6 +334,8 @@ class _Resumed:
                 self._incoming.read_chunk(self._file.name, index, target)
             except FlashServeError as error:
                 _log.warning("%s; fetched again", error.message)
+                if index not in self._incoming.done(self._file.name):
+                    self._done.pop(index, None)
             else:
                 return
         self._reader.read(begin, target)

@@ -45,11 +45,15 @@ class Shelf:
                 fill.stopping.set()
             return tuple(self._fills)
 
-    def find(self, identity: str, model_id: ModelId) -> Image | None:
-        """Gives an image that is there, or on its way, to one more model, and leases it."""
+    def find(self, identity: str, model_id: ModelId, *, is_whole: bool = False) -> Image | None:
+        """Gives an image that is there, or on its way unless it must be whole, to one more model,
+        and leases it.
+        """
         with self._lock:
             self._check_open()
             image = self._images.get(identity)
+            if image is not None and is_whole > image.is_whole:
+                return None
             if image is not None:
                 self._attach(model_id, image)
                 self._lease(image, model_id)

@@ -5,27 +5,26 @@ Everything here blocks and is thread-safe; an asyncio caller uses asyncio.to_thr
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol
 
 from flashserve.config import StoreSettings
 from flashserve.errors import ConflictError, InputError, ModelTooLargeError, UnavailableError
-from flashserve.store.arrival import Arrival, Progress, StageReport
+from flashserve.store.arrival import Progress, StageReport
 from flashserve.store.checkpoint.snapshot import Snapshot
 from flashserve.store.disk.budget import DiskUsage
 from flashserve.store.dram.arena import Arena, ArenaUsage, ExtentState
 from flashserve.store.filling import Filler
 from flashserve.store.guard import Guard
-from flashserve.store.images import Image
+from flashserve.store.lease import Lease, Residence
 from flashserve.store.origin import Origin, Origins
 from flashserve.store.proof import Proof
 from flashserve.store.reporting import Reporter, StoreReport
 from flashserve.store.shelf import Shelf
+from flashserve.store.versions import Versions
 from flashserve.types import ModelId, ModelSpec, TensorSlice, Tier
 
 __all__ = ["Lease", "Residence", "StageReport", "Store", "StoreListener"]
@@ -44,57 +43,6 @@ class StoreListener(Protocol):
 
     def left_disk(self, model_id: ModelId) -> None:
         """A remote model is no longer on disk."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Residence:
-    """Where a model is, and what it takes there, alone or with others."""
-
-    tier: Tier
-    dram_bytes: int
-    disk_bytes: int
-    num_leases: int
-
-
-class Lease:
-    """Keeps a model's bytes where they are until it is released. A context manager.
-
-    extents are the places of its files, (offset, bytes). `arrival` says which of them are there.
-    """
-
-    def __init__(self, shelf: Shelf, image: Image, model_id: ModelId, arrival: Arrival) -> None:
-        self.model_id = model_id
-        self.snapshot = image.snapshot
-        self.extents = image.extents()
-        self.num_bytes = image.num_bytes
-        self.tensors = image.tensors()
-        self.arrival = arrival
-        self._shelf = shelf
-        self._image: Image | None = image
-        self._lock = threading.Lock()
-
-    @property
-    def offset(self) -> int:
-        """Of the first extent."""
-        return min(offset for offset, _ in self.extents)
-
-    def release(self) -> None:
-        """Ends the lease; more than once does no harm."""
-        with self._lock:
-            image, self._image = self._image, None
-        if image is not None:
-            self._shelf.release(image, self.model_id)
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.release()
 
 
 class Store:
@@ -116,10 +64,19 @@ class Store:
         self.listener: StoreListener | None = None
         self.arena = Arena(dram_bytes, prefault=prefault, huge_pages=settings.huge_pages)
         self._origins = Origins(data_dir, settings)
+        self._versions = Versions(self._origins, settings.recheck_s)
         self._shelf = Shelf(self.arena)
         self._guard = Guard(self._shelf, self.arena, settings.scrub_bytes_per_s, self._damaged)
         self._proof = Proof(self._shelf, self.arena, self._origins, settings, self._damaged)
-        self._filler = Filler(self._shelf, self.arena, self._origins, self._proof, self._on_disk)
+        self._filler = Filler(
+            self._shelf,
+            self.arena,
+            self._origins,
+            self._proof,
+            settings,
+            self._on_disk,
+            self._left_disk,
+        )
         self._reporter = Reporter(
             self.arena, self._shelf, self._guard, self._origins, self._filler.transfers
         )
@@ -135,6 +92,7 @@ class Store:
         self._filler.close()
         self._proof.close()
         self._guard.close()
+        self._versions.close()
         self._origins.close()
         self.arena.close()
 
@@ -156,8 +114,8 @@ class Store:
     def stage(self, model: ModelSpec, tier: Tier, progress: Progress | None = None) -> StageReport:
         """Brings a model's bytes up to `tier`, DISK or DRAM, unless they are there.
 
-        Calls for the same bytes share one read. A source that changed since it was last staged is
-        read again; a replica that still leases the old bytes keeps them.
+        Asks the source. Calls for the same bytes share one read. A source that changed since it was
+        last staged is read again; a replica that still leases the old bytes keeps them.
 
         Args:
             model: source and id; the id names the bytes from here on.
@@ -174,7 +132,7 @@ class Store:
             raise InputError(f"a model is staged to disk or dram, not to {tier.label}")
         if tier is Tier.DISK:
             return self._stage_to_disk(model)
-        with self._hold(model, progress) as lease:
+        with self._read(model, progress) as lease:
             report = lease.arrival.wait()
             if model.model_id not in self._shelf.models():
                 raise ConflictError("the model was deleted while it was staged")
@@ -183,12 +141,14 @@ class Store:
     def hold(self, model: ModelSpec) -> Lease:
         """Leases a model whose bytes are in DRAM, or will be: `Lease.arrival` tells how far it is.
 
-        Returns when the layout is known and the places are claimed.
+        Returns when the layout is known and the places are claimed. A remote model that is in DRAM
+        is leased without asking anybody; its source is looked at behind (versions.py), so that a
+        version that is new there is read by the next call.
 
         Raises:
             As for `stage`, but for what reading the weights brings: `Lease.arrival.wait` raises it.
         """
-        return self._hold(model, None)
+        return self._hit(model) or self._read(model, None)
 
     def lease(self, model_id: ModelId) -> Lease:
         """Keeps the bytes of a model that is whole in DRAM in place until the lease is released.
@@ -197,7 +157,7 @@ class Store:
             ConflictError: the model is not in DRAM.
         """
         image = self._shelf.lease(model_id)
-        return Lease(self._shelf, image, model_id, Arrival([0] * image.num_groups))
+        return Lease(self._shelf, image, model_id, image.arrived())
 
     def tensors(self, model_id: ModelId) -> tuple[TensorSlice, ...]:
         """Where each tensor lies in the arena; holds only as long as the model is leased.
@@ -258,7 +218,9 @@ class Store:
     def forget(self, model_id: ModelId) -> None:
         """The model was deleted: its bytes go as soon as nobody leases or shares them."""
         self._shelf.forget(model_id)
-        self._sources.pop(model_id, None)
+        uri = self._sources.pop(model_id, None)
+        if uri and uri not in self._sources.values():
+            self._versions.forget(uri)
 
     def tier(self, model: ModelSpec) -> Tier:
         """The highest tier of the store that holds all of the model's bytes."""
@@ -302,7 +264,19 @@ class Store:
                 )
         return found
 
-    def _hold(self, model: ModelSpec, progress: Progress | None) -> Lease:
+    def _hit(self, model: ModelSpec) -> Lease | None:
+        """A lease of a remote model that is whole in DRAM."""
+        if (identity := self._versions.current(model.source)) is None:
+            return None
+        image = self._shelf.find(identity, model.model_id, is_whole=True)
+        if image is None:
+            return None
+        self._sources[model.model_id] = model.source
+        self._versions.recheck(model.source)
+        return Lease(self._shelf, image, model.model_id, image.arrived())
+
+    def _read(self, model: ModelSpec, progress: Progress | None) -> Lease:
+        """A lease of what the source holds now, which is read unless it is there."""
         began = time.monotonic()
         origin = self._look(model)
         looked_s = time.monotonic() - began
@@ -331,7 +305,9 @@ class Store:
         if self._stopping.is_set():
             raise UnavailableError("the store is closed")
         self._sources[model.model_id] = model.source
-        return self._origins.look(model.source)
+        origin = self._origins.look(model.source)
+        self._versions.saw(origin)
+        return origin
 
     def _stage_to_disk(self, model: ModelSpec) -> StageReport:
         began = time.monotonic()

@@ -13,10 +13,10 @@ import safetensors.numpy
 
 from flashserve.config import StoreSettings
 from flashserve.errors import CheckpointError, ConflictError, SourceError, UnavailableError
-from flashserve.store import origin
+from flashserve.store import origin, versions
 from flashserve.store.checkpoint.listing import CHUNK_BYTES, Listing, SourceFile
 from flashserve.store.sources.local import DirectorySource, list_directory
-from flashserve.store.store import Store
+from flashserve.store.store import StageReport, Store
 from flashserve.types import ModelId, ModelSpec, Tier
 
 pytestmark = pytest.mark.integration
@@ -36,6 +36,8 @@ class FakeRemote:
         self.uri = uri
         self.directory = directory
         self.is_up = True
+        self.num_listings = 0
+        self.on_listing = lambda: True
         self.fails_at: int | None = None
         self.is_protected = True
         self.promises = False
@@ -45,6 +47,8 @@ class FakeRemote:
         self.may_read.set()
 
     def listing(self) -> Listing:
+        self.num_listings += 1
+        self.on_listing()
         if not self.is_up:
             raise SourceError(f"{self.uri} does not answer")
         found = list_directory(self.uri, self.directory)
@@ -385,3 +389,82 @@ def test_files_of_equal_bytes_become_one_when_nobody_leases_the_other(tmp_path, 
         assert store.evict(one, Tier.DRAM) == 0
         assert store.evict(two, Tier.DRAM) == 30 * MIB
         assert store.usage().used == 0
+
+
+def until(fact) -> None:
+    """For what a thread of the store does, and nobody tells."""
+    while not fact():
+        time.sleep(0.002)
+
+
+def test_a_model_in_dram_is_leased_without_asking_its_source(tmp_path, remote, caplog):
+    """Stale while revalidate: the source is looked at behind, and failing does no harm."""
+    with running(tmp_path, SETTINGS.model_copy(update={"recheck_s": 3600.0})) as store:
+        store.stage(spec(), Tier.DRAM)
+        remote.num_listings = 0
+        remote.is_up = False
+        for name in ("m", "other"):
+            with store.hold(spec(name)) as lease:
+                assert lease.arrival.wait() == StageReport()
+                assert lease.snapshot.uri == URI
+        assert store.extents(M) == store.extents(ModelId("other"))
+        assert remote.num_listings == 0
+        store._versions._recheck_s = 0.0
+        for num_looks in (1, 2):
+            store.hold(spec()).release()
+            until(lambda n=num_looks: remote.num_listings == n and not store._versions._queued)
+        lines = [record.getMessage() for record in caplog.records]
+        assert lines[-2:] == [f"{URI}: serving the copy in memory: {URI} does not answer"] * 2
+        with store.hold(spec()) as lease:
+            assert image(store) == weights(remote)
+
+
+def test_a_source_that_changed_is_read_by_the_start_after_the_look(tmp_path, remote):
+    with running(tmp_path, SETTINGS.model_copy(update={"recheck_s": 0.0})) as store:
+        stage_and_write(store, remote)
+        old = weights(remote)
+        (remote.directory / "model.safetensors").write_bytes(old[:-1] + bytes([old[-1] ^ 1]))
+        with store.hold(spec()) as stale:
+            assert image(store) == old
+            until(lambda: not store._versions._queued)
+            with store.hold(spec()) as fresh:
+                assert fresh.arrival.wait().num_bytes == len(old)
+                assert image(store) == weights(remote) != old
+                assert store.arena._map[stale.offset :][: len(old)] == old
+        assert store.usage().used == 30 * MIB
+
+
+def test_staging_asks_the_source_whatever_was_seen_of_it(tmp_path, remote):
+    with running(tmp_path) as store:
+        store.stage(spec(), Tier.DRAM)
+        old = weights(remote)
+        assert store.stage(spec(), Tier.DRAM).num_bytes == 0
+        (remote.directory / "model.safetensors").write_bytes(old[:-1] + bytes([old[-1] ^ 1]))
+        assert store.stage(spec(), Tier.DRAM).num_bytes == len(old)
+        assert image(store) == weights(remote)
+
+
+def test_what_was_evicted_or_deleted_asks_its_source_again(tmp_path, remote):
+    with running(tmp_path) as store:
+        for leave in (lambda: store.evict(M, Tier.DRAM), lambda: store.forget(M)):
+            store.stage(spec(), Tier.DRAM)
+            leave()
+            remote.num_listings = 0
+            with store.hold(spec()) as lease:
+                lease.arrival.wait()
+            assert remote.num_listings == 1
+        store.forget(M)
+        assert store._versions.current(URI) is None
+
+
+def test_a_look_that_hangs_does_not_keep_the_store_from_closing(tmp_path, remote, monkeypatch):
+    monkeypatch.setattr(versions, "_CLOSE_S", 0.0)
+    may_answer = threading.Event()
+    store = Store(tmp_path / "data", 128 * MIB, False, SETTINGS)
+    store._versions._recheck_s = 0.0
+    store.stage(spec(), Tier.DRAM)
+    remote.on_listing = may_answer.wait
+    store.hold(spec()).release()
+    store.close()
+    may_answer.set()
+    store._versions._thread.join()

@@ -131,7 +131,7 @@ def test_many_callers_share_one_read(tmp_path, store, write_checkpoint, monkeypa
 
     def stage(index: int) -> StageReport:
         model = spec(directory, f"m{index}")
-        with store._hold(model, lambda *call: progress.append((index, *call))) as lease:
+        with store._read(model, lambda *call: progress.append((index, *call))) as lease:
             held.release()
             return lease.arrival.wait()
 
