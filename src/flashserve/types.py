@@ -83,6 +83,8 @@ class AdapterSpec:
     source: str
     size_bytes: int
     """Of its weight file."""
+    identity: str = ""
+    """Of its content, as AdapterFacts said when it was registered."""
 
     @property
     def adapter_id(self) -> AdapterId:
