@@ -10,11 +10,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from flashserve.types import KVUsage, Phases, Tier
 
@@ -39,6 +42,17 @@ _SECONDS = (
 )
 _FAST_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 1.0)
 _COLD_PHASES = ("place", "fetch", "dram", "device", "init")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Family:
+    """A metric whose values the nodes count themselves; every sample has its node as a label."""
+
+    name: str
+    text: str
+    labels: tuple[str, ...] = ()
+    is_counter: bool = False
+
 
 _registry = CollectorRegistry()
 _ttft = Histogram(
@@ -112,6 +126,25 @@ _kv = Gauge(
     "KV blocks of a model's replicas by state: used, cached, free.",
     ("model", "state"),
     registry=_registry,
+)
+_TIERS = (
+    Family(
+        "flashserve_tier_bytes", "Bytes of a node's tier by state: used, free.", ("tier", "state")
+    ),
+    Family("flashserve_tier_models", "Models that are whole in a tier.", ("tier",)),
+    Family("flashserve_tier_leases", "Who keeps bytes from leaving a tier.", ("tier",)),
+    Family("flashserve_tier_evictions", "Models that left a tier.", ("tier",), is_counter=True),
+    Family(
+        "flashserve_tier_damaged",
+        "Chunks in DRAM, or checkpoints on disk, that were found damaged.",
+        ("tier",),
+        is_counter=True,
+    ),
+    Family("flashserve_read_bytes", "Bytes read from a tier.", ("tier",), is_counter=True),
+    Family("flashserve_fetches", "Reads towards a tier that are under way.", ("tier",)),
+    Family("flashserve_arena_prefaulted_bytes", "Memory taken from the kernel ahead of need."),
+    Family("flashserve_arena_huge_page_bytes", "Memory of the arena in huge pages."),
+    Family("flashserve_scrub_rounds", "Rounds of the scrub through DRAM.", is_counter=True),
 )
 _BY_MODEL = (_ttft, _tpot, _queue, _cold_phase, _requests, _cold_requests, _tokens)
 _GAUGES = (_in_flight, _waiting, _replicas, _dram, _kv)
@@ -192,8 +225,34 @@ def forget_model(model: str) -> None:
         metric.remove_by_labels({"model": model})
 
 
-def render_metrics(models: Iterable[ModelGauges]) -> bytes:
-    """Every metric in Prometheus's text format, the gauges as `models` says."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class TierSample:
+    """The present value of one of the nodes' own metrics; labels as its family names them."""
+
+    name: str
+    node: str
+    labels: tuple[str, ...]
+    value: float
+
+
+class _Nodes(Collector):
+    """Samples of the nodes, for one rendering."""
+
+    def __init__(self, samples: Iterable[TierSample]) -> None:
+        self._samples = tuple(samples)
+
+    def collect(self) -> Iterator[Metric]:
+        for family in _TIERS:
+            make = CounterMetricFamily if family.is_counter else GaugeMetricFamily
+            metric = make(family.name, family.text, labels=("node", *family.labels))
+            for sample in self._samples:
+                if sample.name == family.name:
+                    metric.add_metric((sample.node, *sample.labels), sample.value)
+            yield metric
+
+
+def render_metrics(models: Iterable[ModelGauges], tiers: Iterable[TierSample] = ()) -> bytes:
+    """Every metric in Prometheus's text format, the gauges as `models` and `tiers` say."""
     for gauge in _GAUGES:
         gauge.clear()
     for entry in models:
@@ -204,7 +263,9 @@ def render_metrics(models: Iterable[ModelGauges]) -> bytes:
         if entry.kv is not None:
             for state in ("used", "cached", "free"):
                 _kv.labels(entry.model, state).set(getattr(entry.kv, state))
-    return generate_latest(_registry)
+    nodes = CollectorRegistry()
+    nodes.register(_Nodes(tiers))
+    return generate_latest(_registry) + generate_latest(nodes)
 
 
 def configure_logging(

@@ -79,6 +79,19 @@ def test_stage_and_evict_move_the_bytes(server: Server, checkpoint: Path) -> Non
     assert name not in server.succeed("ps")
 
 
+def test_the_tiers_say_what_they_hold(server: Server) -> None:
+    server.succeed("stage", MODEL, "--tier", "dram")
+    [node] = json.loads(server.succeed("ps", "--tiers", "--json"))
+    dram, disk = node["tiers"]
+    assert (dram["tier"], disk["tier"]) == ("dram", "disk")
+    assert dram["used_bytes"] + dram["free_bytes"] == dram["total_bytes"]
+    assert dram["num_models"] >= 1
+    assert node["read_bytes"]["disk"] > 0
+    heading, first, *_ = server.succeed("ps", "--tiers").splitlines()
+    assert heading.split()[:2] == ["tier", "total_bytes"]
+    assert first.startswith("dram")
+
+
 def test_a_model_stops_when_its_keep_alive_is_over_and_wakes_again(
     server: Server, checkpoint: Path
 ) -> None:

@@ -43,6 +43,25 @@ def test_ps_fits_80_columns(server: Server, checkpoint: Path) -> None:
     server.succeed("delete", name)
 
 
+def test_the_tiers_fit_80_columns(server: Server) -> None:
+    lines = [
+        line.rstrip() for line in ESCAPES.sub("", on_terminal(server, "ps", "--tiers")).split("\n")
+    ]
+    dram = next(line for line in lines if line.startswith("dram"))
+    assert max(map(len, lines[: lines.index(dram) + 2])) <= 80
+    assert any(line.startswith("arena: ") for line in lines)
+
+
+def test_stage_shows_that_it_works_and_cleans_up_after_itself(
+    server: Server, checkpoint: Path
+) -> None:
+    server.succeed("deploy", "staged", str(checkpoint))
+    written = on_terminal(server, "stage", "staged", "--tier", "dram")
+    assert "staging staged to dram" in written
+    assert ESCAPES.sub("", written).splitlines()[-1].endswith("in DRAM")
+    server.succeed("delete", "staged")
+
+
 def test_deploy_shows_that_it_works_and_cleans_up_after_itself(
     server: Server, checkpoint: Path
 ) -> None:

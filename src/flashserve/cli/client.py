@@ -72,6 +72,11 @@ class Client:
         listed: list[dict[str, Any]] = self._call("GET", "/admin/v1/models")["data"]
         return listed
 
+    def tiers(self) -> list[dict[str, Any]]:
+        """Every node's tiers, as `flashserve ps --tiers --json` prints them."""
+        listed: list[dict[str, Any]] = self._call("GET", "/admin/v1/tiers")["data"]
+        return listed
+
     def deploy(self, name: str, source: str, options: Mapping[str, Any]) -> dict[str, Any]:
         body = {"name": name, "source": source, **options}
         model: dict[str, Any] = self._call("POST", "/admin/v1/models", body)

@@ -15,8 +15,11 @@ import rich.progress
 import rich.table
 import rich.text
 
+from flashserve.errors import FlashServeError
+
 _PLAIN_WIDTH = 1000
 _REMINDER_S = 10.0
+_LOOK_S = 0.3
 
 
 def stdout_console() -> rich.console.Console:
@@ -108,15 +111,7 @@ def progressing(doing: str) -> Iterator[Callable[[int, int], None]]:
     """
     console = rich.console.Console(stderr=True, highlight=False)
     if console.is_terminal:
-        with rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(bar_width=30),
-            rich.progress.DownloadColumn(binary_units=True),
-            rich.progress.TransferSpeedColumn(),
-            rich.progress.TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        ) as progress:
+        with _byte_bar(console) as progress:
             task = progress.add_task(doing, total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)
         return
@@ -130,6 +125,51 @@ def progressing(doing: str) -> Iterator[Callable[[int, int], None]]:
             sys.stderr.write(f"{doing}: {human_bytes(done)} of {human_bytes(total)}\n")
 
     yield tell
+
+
+@contextlib.contextmanager
+def following(doing: str, look: Callable[[], tuple[int, int] | None]) -> Iterator[None]:
+    """As `waiting`, where a terminal also shows what somebody else has done of it.
+
+    look: bytes done and bytes in all, None while that is not known; another thread calls it now
+    and then, until it raises FlashServeError.
+    """
+    console = rich.console.Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        with waiting(doing):
+            yield
+        return
+    done = threading.Event()
+    with _byte_bar(console) as progress:
+        task = progress.add_task(doing, total=None)
+
+        def follow() -> None:
+            # Who asked for the work hears what became of the server.
+            with contextlib.suppress(FlashServeError):
+                while not done.wait(_LOOK_S):
+                    if seen := look():
+                        progress.update(task, completed=seen[0], total=seen[1])
+
+        follower = threading.Thread(target=follow, daemon=True)
+        follower.start()
+        try:
+            yield
+        finally:
+            done.set()
+            follower.join()
+
+
+def _byte_bar(console: rich.console.Console) -> rich.progress.Progress:
+    """Fits 80 columns beside a short description."""
+    return rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(bar_width=None),
+        rich.progress.DownloadColumn(binary_units=True),
+        rich.progress.TransferSpeedColumn(),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
 
 
 def _busy_bar(console: rich.console.Console) -> rich.progress.Progress:

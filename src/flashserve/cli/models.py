@@ -13,6 +13,7 @@ import typer
 from flashserve.cli import console
 from flashserve.cli.client import connect
 from flashserve.cli.options import AsJson, Name, Url
+from flashserve.cli.tiers import print_tiers, progress_of
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:")
 _COLUMNS: dict[str, Callable[[Any], str]] = {
@@ -84,9 +85,18 @@ def delete(name: Name, url: Url = None, as_json: AsJson = False) -> None:
         console.print_line(f"{name} is deleted")
 
 
-def ps(url: Url = None, as_json: AsJson = False) -> None:
+def ps(
+    tiers: Annotated[
+        bool, typer.Option("--tiers", help="Show what the tiers hold, fetch and check instead.")
+    ] = False,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
     """List the deployed models, where their bytes are, and why."""
     with connect(url) as client:
+        if tiers:
+            print_tiers(client.tiers(), as_json=as_json)
+            return
         models = client.models()
     if as_json:
         console.print_json(models)
@@ -113,7 +123,13 @@ def stage(
     as_json: AsJson = False,
 ) -> None:
     """Bring a model's bytes up to a tier, ahead of its first request."""
-    with connect(url) as client, console.waiting(f"staging {name} to {tier.value}"):
+    with (
+        connect(url) as client,
+        connect(url) as watcher,
+        console.following(
+            f"staging {name} to {tier.value}", lambda: progress_of(watcher.tiers(), name)
+        ),
+    ):
         model = client.stage(name, tier.value)
     _print_model(model, as_json=as_json)
 

@@ -14,6 +14,7 @@ from flashserve.gateway.replies import status_body
 from flashserve.gateway.schema import DeployRequest, TierRequest
 from flashserve.gateway.schemadoc import json_body
 from flashserve.gateway.state import state_of
+from flashserve.gateway.tiers import tiers_body
 from flashserve.telemetry import forget_model
 from flashserve.types import Tier
 
@@ -68,6 +69,14 @@ async def delete_model(request: Request, name: str) -> Response:
     await state_of(request).service.delete(name)
     forget_model(name)
     return JSONResponse({"name": name, "deleted": True})
+
+
+@router.get("/tiers")
+async def list_tiers(request: Request) -> Response:
+    """What the tiers of each node hold and do just now, as `flashserve ps --tiers` shows it."""
+    reports = await state_of(request).service.tiers()
+    data = [tiers_body(node_id, report) for node_id, report in sorted(reports.items())]
+    return JSONResponse({"object": "list", "data": data})
 
 
 @router.get("/decisions")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from flashserve import telemetry
 from flashserve.errors import DrainingError, UnavailableError
 from flashserve.gateway.state import state_of
+from flashserve.gateway.tiers import tier_samples
 
 router = APIRouter(tags=["Status"])
 
@@ -18,6 +21,7 @@ _PAGE = """<!doctype html>
 <ul>
 <li><a href="/v1/models">/v1/models</a>: the deployed models
 <li><a href="/admin/v1/models">/admin/v1/models</a>: where their bytes are
+<li><a href="/admin/v1/tiers">/admin/v1/tiers</a>: what the tiers hold and fetch
 <li><a href="/admin/v1/decisions">/admin/v1/decisions</a>: what was decided, and why
 <li><a href="/metrics">/metrics</a>: for Prometheus
 <li><a href="/openapi.json">/openapi.json</a>: every route
@@ -51,12 +55,13 @@ async def check_readiness(request: Request) -> Response:
 @router.get("/metrics")
 async def show_metrics(request: Request) -> Response:
     """Prometheus's text format."""
-    models = await state_of(request).service.models()
+    service = state_of(request).service
+    models, reports = await asyncio.gather(service.models(), service.tiers())
     gauges = [
         telemetry.ModelGauges(
             model.name, model.in_flight, model.waiting, model.replicas, model.dram_bytes, model.kv
         )
         for model in models
     ]
-    body = telemetry.render_metrics(gauges)
+    body = telemetry.render_metrics(gauges, tier_samples(reports))
     return Response(body, headers={"content-type": telemetry.CONTENT_TYPE})

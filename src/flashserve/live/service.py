@@ -17,12 +17,13 @@ from flashserve.live.generation import Generation
 from flashserve.live.recorder import ArrivalRecorder
 from flashserve.live.requests import Decision, GenerationRequest, ModelStatus
 from flashserve.live.runtime import Runtime
-from flashserve.live.status import NO_STATS, Stats, gather_stats, model_status
+from flashserve.live.status import NO_STATS, Stats, gather_stats, gather_tiers, model_status
 from flashserve.live.text import ModelText, encode_prompt
 from flashserve.live.tiers import bring_to_tier, take_from_tier
 from flashserve.live.timing import Stopwatch
 from flashserve.messages.events import DrainStarted
-from flashserve.types import ModelId, ModelSpec, RequestId, SamplingParams, Tier
+from flashserve.store.reporting import StoreReport
+from flashserve.types import ModelId, ModelSpec, NodeId, RequestId, SamplingParams, Tier
 
 
 class Service:
@@ -170,6 +171,10 @@ class Service:
         """Every deployed model, by name, with what the nodes say of their memory."""
         stats = await gather_stats(self._runtime.nodes)
         return [self._status(model, stats) for model in self._deployments.all()]
+
+    async def tiers(self) -> dict[NodeId, StoreReport]:
+        """What the tiers of every node hold and do just now."""
+        return await gather_tiers(self._runtime.nodes)
 
     def decisions(self, limit: int = 100) -> list[Decision]:
         """The controller's latest orders and refusals with their reasons, newest first."""

@@ -14,7 +14,8 @@ from flashserve.errors import FlashServeError
 from flashserve.live.catalogue import DeployedModel
 from flashserve.live.requests import ModelStatus
 from flashserve.node.client import Node, NodeStats
-from flashserve.types import KVUsage, ModelId, ReplicaId
+from flashserve.store.reporting import StoreReport
+from flashserve.types import KVUsage, ModelId, NodeId, ReplicaId
 
 _log = structlog.get_logger(__name__)
 
@@ -48,6 +49,16 @@ async def gather_stats(nodes: Sequence[Node]) -> Stats:
             model_id = _model_of(replica_id)
             kv[model_id] = _sum(kv.get(model_id, KVUsage()), worker.kv)
     return Stats(dram_bytes, kv, disk_bytes, leases)
+
+
+async def gather_tiers(nodes: Sequence[Node]) -> dict[NodeId, StoreReport]:
+    """What each node's tiers hold and do; one that does not answer is left out and logged."""
+    answers = await asyncio.gather(*(_ask(node) for node in nodes))
+    return {
+        node.spec.node_id: stats.store
+        for node, stats in zip(nodes, answers, strict=True)
+        if stats and stats.store
+    }
 
 
 def model_status(

@@ -142,11 +142,10 @@ class Agent:
 
     async def stats(self) -> NodeStats:
         models = dict(self._models)
-        return NodeStats(
-            dram=self._store.usage(),
-            models=await self._queue.run(lambda: _residences(self._store, models)),
-            replicas=await self._replica_stats(),
-        )
+        # Not in the queue's threads: those may all be busy with what somebody wants to watch.
+        residences = await asyncio.to_thread(_residences, self._store, models)
+        report = await asyncio.to_thread(self._store.report)
+        return NodeStats(self._store.usage(), residences, await self._replica_stats(), report)
 
     async def close(self, grace_s: float) -> None:
         """Leaves no process, thread or memory. Workers get grace_s to end by themselves."""

@@ -19,6 +19,7 @@ from flashserve.messages.work import GenerateJob, ModelFacts, TokenBatch, Worker
 from flashserve.node.channel import Channel, open_channel
 from flashserve.node.protocol import GenerateOrder, Heartbeat, pack_tagged, unpack_event
 from flashserve.store.dram.arena import ArenaUsage
+from flashserve.store.reporting import StoreReport
 from flashserve.types import ModelId, NodeSpec, ReplicaId, Tier
 
 _log = structlog.get_logger()
@@ -44,12 +45,13 @@ class ModelResidence:
 @dataclasses.dataclass(frozen=True, slots=True)
 class NodeStats:
     """models: those with an order to this node and none to leave it since; replicas: those that
-    answered in time.
+    answered in time; store: None of a node that keeps no bytes.
     """
 
     dram: ArenaUsage
     models: dict[ModelId, ModelResidence]
     replicas: dict[ReplicaId, WorkerStats]
+    store: StoreReport | None = None
 
 
 class Node(Protocol):

@@ -27,9 +27,20 @@ from flashserve.live.requests import (
     TokenLogprob,
     Usage,
 )
-from flashserve.types import KVUsage, ModelId, Phases, RequestId, Tier
+from flashserve.store.guard import ScrubReport
+from flashserve.store.reporting import ArenaReport, StoreReport, TierReport
+from flashserve.store.transfers import Fetch
+from flashserve.types import KVUsage, ModelId, NodeId, Phases, RequestId, Tier
 
 MODEL = "team/tiny"
+REPORT = StoreReport(
+    dram=TierReport(1000, 600, 400, 2, 1, 5, 1),
+    disk=TierReport(9000, 6000, 3000, 3, 0, 4, 0),
+    arena=ArenaReport(800, True, 200, (), ("huge pages: refused",)),
+    scrub=ScrubReport(100, 50, 600, 3, 12.5),
+    fetches=(Fetch(ModelId(MODEL), "s3://bucket/tiny", Tier.REMOTE, Tier.DRAM, 30, 90, 2.0, 15.0),),
+    read_bytes={Tier.REMOTE: 700, Tier.DISK: 70},
+)
 Plan = Callable[[GenerationRequest], AsyncIterator[TextChunk]]
 
 
@@ -135,6 +146,9 @@ class FakeService:
 
     async def models(self) -> list[ModelStatus]:
         return list(self.statuses.values())
+
+    async def tiers(self) -> dict[NodeId, StoreReport]:
+        return {NodeId("local"): REPORT}
 
     async def deploy(
         self,

@@ -203,3 +203,48 @@ def test_metrics_forget_a_deleted_model(http: httpx.Client) -> None:
     await_samples(http, lambda seen: any(("model", "gone") in labels for _, labels in seen))
     http.delete("/admin/v1/models/gone")
     assert not any(("model", "gone") in labels for _, labels in samples(http))
+
+
+def test_tiers_are_listed_with_what_is_fetched(http: httpx.Client) -> None:
+    (node,) = http.get("/admin/v1/tiers").json()["data"]
+    assert node["node"] == "local"
+    assert [tier["tier"] for tier in node["tiers"]] == ["dram", "disk"]
+    assert node["tiers"][0] == {
+        "tier": "dram",
+        "total_bytes": 1000,
+        "used_bytes": 600,
+        "free_bytes": 400,
+        "num_models": 2,
+        "num_leases": 1,
+        "num_evicted": 5,
+        "num_damaged": 1,
+    }
+    assert node["arena"]["prefaulted_bytes"] == 800
+    assert node["scrub"]["ended_s"] == 12.5
+    (fetch,) = node["fetches"]
+    assert (fetch["model"], fetch["from"], fetch["to"]) == (MODEL, "remote", "dram")
+    assert (fetch["done_bytes"], fetch["total_bytes"], fetch["eta_s"]) == (30, 90, 4.0)
+    assert node["read_bytes"] == {"remote": 700, "disk": 70}
+
+
+def test_metrics_have_the_tiers_of_every_node(http: httpx.Client) -> None:
+    families = text_string_to_metric_families(http.get("/metrics").text)
+    seen = {
+        (sample.name, *(value for key, value in sorted(sample.labels.items()) if key != "node")): (
+            sample.value
+        )
+        for family in families
+        for sample in family.samples
+        if sample.labels.get("node") == "local"
+    }
+    assert seen["flashserve_tier_bytes", "used", "dram"] == 600
+    assert seen["flashserve_tier_bytes", "free", "disk"] == 3000
+    assert seen["flashserve_tier_evictions_total", "dram"] == 5
+    assert seen["flashserve_tier_damaged_total", "dram"] == 1
+    assert seen["flashserve_tier_models", "disk"] == 3
+    assert seen["flashserve_tier_leases", "dram"] == 1
+    assert seen["flashserve_read_bytes_total", "remote"] == 700
+    assert seen["flashserve_fetches", "dram"] == 1
+    assert seen["flashserve_fetches", "disk"] == 0
+    assert seen["flashserve_arena_prefaulted_bytes",] == 800
+    assert seen["flashserve_scrub_rounds_total",] == 3

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import re
+import threading
 
 import pytest
 
 from flashserve.cli import console
+from flashserve.errors import UnavailableError
 
 
 @pytest.mark.parametrize(
@@ -82,3 +84,39 @@ def test_progress_on_a_terminal_is_a_bar(
         tell(512, 1024)
         tell(1024, 1024)
     assert "1.0/1.0 KiB" in capsys.readouterr().err
+
+
+def test_following_on_no_terminal_asks_for_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    def look() -> tuple[int, int]:
+        raise AssertionError
+
+    with console.following("staging m", look):
+        pass
+    assert capsys.readouterr().err == "staging m ...\n"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_following_on_a_terminal_shows_bytes_until_nobody_can_tell(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *, fails: bool
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr(console, "_LOOK_S", 0.001)
+    looks = iter([None, (5 << 20, 20 << 20)])
+    seen_all = threading.Event()
+
+    def look() -> tuple[int, int] | None:
+        try:
+            return next(looks)
+        except StopIteration:
+            seen_all.set()
+            if fails:
+                raise UnavailableError("the server is gone") from None
+            return None
+
+    with console.following("staging m", look):
+        seen_all.wait()
+    written = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    assert "staging m" in written
+    assert "5.0/20.0 MiB" in written

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 from flashserve.errors import UnavailableError
-from flashserve.live.status import gather_stats
+from flashserve.live.status import gather_stats, gather_tiers
 from flashserve.messages.work import WorkerStats
 from flashserve.node.client import ModelResidence, NodeStats
 from flashserve.store.dram.arena import ArenaUsage
+from flashserve.store.guard import ScrubReport
+from flashserve.store.reporting import ArenaReport, StoreReport, TierReport
 from flashserve.types import KVUsage, ModelId, NodeId, NodeSpec, ReplicaId, Tier
 
 A, B = ModelId("a"), ModelId("b/c#d")
@@ -44,3 +47,13 @@ def test_memory_adds_up_over_nodes_and_replicas_and_a_silent_node_is_left_out() 
     assert stats.disk_bytes == {A: 14}
     assert stats.leases == {A: 2}
     assert stats.kv == {A: KVUsage(20, 5, 2, 13), B: KVUsage(5, 0, 0, 5)}
+
+
+def test_tiers_come_from_the_nodes_that_answer_and_have_some() -> None:
+    tier = TierReport(1, 1, 0, 1, 0, 0, 0)
+    report = StoreReport(tier, None, ArenaReport(0, False, 0, (), ()), ScrubReport(), (), {})
+    with_store = dataclasses.replace(node_stats(3, {}), store=report)
+    nodes = [FakeNode(with_store), FakeNode(None), FakeNode(node_stats(4, {}))]
+    for name, node in zip("abc", nodes, strict=True):
+        node.spec = NodeSpec(NodeId(name), 1, 1, 1)
+    assert asyncio.run(gather_tiers(nodes)) == {NodeId("a"): report}  # type: ignore[arg-type]
