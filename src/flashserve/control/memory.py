@@ -130,4 +130,6 @@ def evicted(state: State, event: Evicted) -> list[Command]:
         state.set_fetched(node, model, False)
     elif model and not node.replicas_of(model):
         state.drop_bytes(node, event.model_id)
+    elif resident := node.resident.get(event.model_id):
+        resident.is_loaded = False  # a start that followed the loss at once reads them anew
     return []

@@ -12,6 +12,8 @@ from flashserve.messages.events import (
     EvictRequested,
     ModelDeleted,
     ModelDeployed,
+    ReplicaFailed,
+    ReplicaLost,
     Staged,
     StageFailed,
     StageRequested,
@@ -189,6 +191,20 @@ def test_bytes_that_a_node_lost_by_itself_are_gone() -> None:
     stage(f)
     f.answer_all()
     f.tell(Evicted(N1, A, Tier.DRAM))
+    assert f.controller.model_view(A).tier is Tier.DISK
+
+
+def test_bytes_that_were_lost_under_a_start_are_not_there_when_it_fails() -> None:
+    """The loss of a replica with a request in flight orders the next start before the node has
+    said that the bytes are gone too.
+    """
+    f = fleet(nodes=(node(workers=2),))
+    f.arrive("r1", "a")
+    f.answer_all()
+    again = f.tell(ReplicaLost(N1, ReplicaId("a#1"), A, "its bytes are damaged"))
+    (start,) = [order for order in again if isinstance(order, StartReplica)]
+    f.tell(Evicted(N1, A, Tier.DRAM))
+    f.tell(ReplicaFailed(N1, start.replica_id, A, "bad_checkpoint", "damaged again"))
     assert f.controller.model_view(A).tier is Tier.DISK
 
 
