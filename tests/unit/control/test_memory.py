@@ -12,8 +12,6 @@ from flashserve.messages.events import (
     EvictRequested,
     ModelDeleted,
     ModelDeployed,
-    ReplicaFailed,
-    ReplicaLost,
     Staged,
     StageFailed,
     StageRequested,
@@ -198,13 +196,13 @@ def test_bytes_that_were_lost_under_a_start_are_not_there_when_it_fails() -> Non
     """The loss of a replica with a request in flight orders the next start before the node has
     said that the bytes are gone too.
     """
-    f = fleet(nodes=(node(workers=2),))
+    f = fleet()
     f.arrive("r1", "a")
     f.answer_all()
-    again = f.tell(ReplicaLost(N1, ReplicaId("a#1"), A, "its bytes are damaged"))
+    again = f.lose_replica(ReplicaId("a#1"))
     (start,) = [order for order in again if isinstance(order, StartReplica)]
     f.tell(Evicted(N1, A, Tier.DRAM))
-    f.tell(ReplicaFailed(N1, start.replica_id, A, "bad_checkpoint", "damaged again"))
+    f.fail_replica(start.replica_id, "bad_checkpoint")
     assert f.controller.model_view(A).tier is Tier.DISK
 
 
