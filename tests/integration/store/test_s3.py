@@ -1,11 +1,13 @@
 """S3 sources against a real server."""
 
+import contextlib
 import hashlib
 import json
 import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +21,12 @@ from flashserve.store.checkpoint.layout import read_layout
 from flashserve.store.checkpoint.listing import CHUNK_BYTES
 from flashserve.store.checkpoint.snapshot import read_snapshot
 from flashserve.store.sources import s3client
+from flashserve.store.sources.botoclients import CLIENTS, _make_client
 from flashserve.store.sources.listed import ListedFiles
 from flashserve.store.sources.s3client import Object
 from flashserve.store.sources.source import open_source
+from flashserve.store.store import Store
+from flashserve.types import ModelId, ModelSpec, Tier
 
 SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
 
@@ -167,6 +172,64 @@ def test_a_missing_shard_is_named(root, tmp_path):
     (root / "models/partial" / SHARDS[1]).unlink()
     with pytest.raises(CheckpointError, match=rf"partial/{SHARDS[1]} is missing"):
         source_of("s3://models/partial", tmp_path).listing()
+
+
+@contextlib.contextmanager
+def requests(settings) -> Iterator[list[str]]:
+    """The methods of what boto3 asks, with these settings, in this process."""
+    asked: list[str] = []
+
+    def note(request, **_) -> None:
+        asked.append(request.method)
+
+    with CLIENTS.using(settings) as shared:
+        shared.client.meta.events.register("before-send.s3", note)
+        yield asked
+        shared.client.meta.events.unregister("before-send.s3", note)
+
+
+def test_a_start_lists_once_and_one_from_memory_asks_nobody(root, tmp_path):
+    """Not even when there is nobody left to ask."""
+    settings = StoreSettings(remote_retries=0, scrub_bytes_per_s=0, recheck_s=3600)
+    model = ModelSpec(ModelId("m"), "s3://models/org/sharded", 0, Tier.REMOTE)
+    store = Store(tmp_path / "data", 16 << 20, False, settings)
+    with contextlib.closing(store), requests(settings) as asked:
+        with store.hold(model) as lease:
+            lease.arrival.wait()
+        assert asked == ["GET", *["HEAD"] * 5]
+        with store.hold(model) as lease:
+            assert lease.arrival.wait().num_bytes == 0
+        assert len(asked) == 6
+
+
+def test_a_start_from_memory_outlives_its_server(root, tmp_path, monkeypatch):
+    settings = StoreSettings(remote_retries=0, scrub_bytes_per_s=0, recheck_s=0)
+    model = ModelSpec(ModelId("m"), "s3://models/org/sharded", 0, Tier.REMOTE)
+    with contextlib.closing(Store(tmp_path / "data", 16 << 20, False, settings)) as store:
+        with objectstore.serving(root, tmp_path / "log") as endpoint:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+            store.stage(model, Tier.DRAM)
+        store.evict(model.model_id, Tier.REMOTE)
+        with pytest.raises(SourceError):
+            store.hold(model)
+        with objectstore.serving(root, tmp_path / "log") as endpoint:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+            store.stage(model, Tier.DRAM)
+        for _ in range(3):
+            with store.hold(model) as lease:
+                assert lease.arrival.wait().num_bytes == 0
+
+
+def test_sources_of_one_environment_share_a_client(root, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(CLIENTS, "_make", lambda *kind: made.append(kind) or _make_client(*kind))
+    for number in range(3):
+        source = source_of("s3://models/org/single", tmp_path, remote_timeout_s=7.0)
+        content(source, source.listing().files[0])
+        assert len(made) == 1, number
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(SourceError, match="the store answers"):
+        source_of("s3://models/org/single", tmp_path, remote_timeout_s=7.0).listing()
 
 
 def test_wrong_credentials_are_one_line(root, tmp_path, monkeypatch):

@@ -61,11 +61,8 @@ class S3Source:
             SourceError: the objects cannot be listed, or one has an odd name.
             CheckpointError: they are no checkpoint.
         """
-        try:
-            found = self._find()
-            files = self._with_digests(select(self, self._place, found))
-        finally:
-            self._store.close()
+        with self._store.connected():
+            files = self._with_digests(select(self, self._place, self._find()))
         facts = repr([(file.name, file.identity) for file in files])
         identity = f"{self._place}#{xxhash.xxh3_64_hexdigest(facts.encode())}"
         return Listing(self.uri, identity, files, is_protected(self._store.endpoint()))
