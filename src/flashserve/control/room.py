@@ -118,4 +118,5 @@ def _byte_candidate(
         restart_s=restart.startup_s if replicas else restart.fetch_s + restart.dram_s,
         num_bytes=resident.num_bytes,
         replica_ids=tuple(replica.replica_id for replica in replicas),
+        below=below,
     )

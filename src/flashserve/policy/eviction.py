@@ -8,10 +8,11 @@ idle. With equal restart costs this is LRU.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 
 from flashserve.policy import text
-from flashserve.types import ModelId, ReplicaId
+from flashserve.types import ModelId, ReplicaId, Tier
 
 _MIN_IDLE_S = 1e-3
 
@@ -20,7 +21,8 @@ _MIN_IDLE_S = 1e-3
 class Candidate:
     """An idle replica, or a model's bytes in DRAM that nobody uses.
 
-    num_bytes: what leaving DRAM would free; replica_ids: idle replicas to stop before that.
+    num_bytes: what leaving DRAM would free; replica_ids: idle replicas to stop before that;
+    below: the tier from which the bytes would have to come back, in restart_s.
     """
 
     model_id: ModelId
@@ -28,6 +30,7 @@ class Candidate:
     restart_s: float
     num_bytes: int = 0
     replica_ids: tuple[ReplicaId, ...] = ()
+    below: Tier = Tier.DISK
 
     @property
     def worth(self) -> float:
@@ -42,26 +45,45 @@ def least_worth(candidates: Iterable[Candidate]) -> Candidate | None:
 def choose_victims(
     candidates: Iterable[Candidate], need_bytes: int
 ) -> tuple[Candidate, ...] | None:
-    """Candidates that together free at least `need_bytes`, worth least per byte first.
+    """Candidates that together free at least `need_bytes`, and none that is not needed for it.
 
-    None when all of them together are not enough. A candidate that a later, larger one makes
-    needless is kept.
+    Of the sets that take the least worth per byte first, up to some point, and then one that is
+    large enough for the rest, it is the one that is worth least in all: at most twice what the
+    best set of any kind is worth. Ties break on the models' identifiers.
+
+    None when all of them together are not enough.
+
+    Source: the greedy algorithm for the minimisation knapsack, Csirik et al. 1991.
     """
-    ranked = sorted(candidates, key=lambda c: (c.worth / max(c.num_bytes, 1), c.model_id))
-    chosen: list[Candidate] = []
-    freed = 0
-    for candidate in ranked:
-        if freed >= need_bytes:
-            break
-        chosen.append(candidate)
-        freed += candidate.num_bytes
-    if freed < need_bytes:
-        return None
-    for candidate in list(chosen):
-        if freed - candidate.num_bytes >= need_bytes:
-            chosen.remove(candidate)
-            freed -= candidate.num_bytes
-    return tuple(chosen)
+    left = sorted(candidates, key=lambda c: (c.worth / max(c.num_bytes, 1), c.model_id))
+    taken: list[Candidate] = []
+    best: tuple[Candidate, ...] | None = None
+    while left and need_bytes > 0:
+        enough = (c for c in left if c.num_bytes >= need_bytes)
+        last = min(enough, key=lambda c: (c.worth, c.model_id), default=None)
+        if last and (best is None or _worth([*taken, last]) < _worth(best)):
+            best = (*taken, last)
+        cheapest = left.pop(0)
+        taken.append(cheapest)
+        need_bytes -= cheapest.num_bytes
+    if best is None:
+        return () if need_bytes <= 0 else None
+    return _without_needless(best, need_bytes + sum(c.num_bytes for c in taken))
+
+
+def _worth(candidates: Iterable[Candidate]) -> float:
+    return math.fsum(candidate.worth for candidate in candidates)
+
+
+def _without_needless(chosen: tuple[Candidate, ...], need_bytes: int) -> tuple[Candidate, ...]:
+    """Keeps what is worth most first, where the others are enough."""
+    spare = sum(candidate.num_bytes for candidate in chosen) - need_bytes
+    kept: list[Candidate] = []
+    for candidate in sorted(chosen, key=lambda c: (-c.worth, c.model_id)):
+        if candidate.num_bytes <= spare:
+            spare -= candidate.num_bytes
+            kept.append(candidate)
+    return tuple(candidate for candidate in chosen if candidate not in kept)
 
 
 def stop_reason(candidate: Candidate, for_model: ModelId) -> str:
@@ -74,5 +96,6 @@ def stop_reason(candidate: Candidate, for_model: ModelId) -> str:
 def evict_reason(candidate: Candidate, for_model: ModelId) -> str:
     return (
         f"evicted for {for_model}: idle {text.seconds(candidate.idle_s)}, "
-        f"frees {text.size(candidate.num_bytes)}"
+        f"frees {text.size(candidate.num_bytes)}, comes back from {candidate.below.label} in "
+        f"{text.seconds(candidate.restart_s)}"
     )
