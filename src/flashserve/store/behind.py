@@ -50,6 +50,7 @@ class WriteBehind:
         self._chunks = queue.SimpleQueue()
         self._is_whole = False
         self._has_ended = False
+        self._failure: FlashServeError | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="store-write", daemon=True)
         self._thread.start()
@@ -67,14 +68,22 @@ class WriteBehind:
         """Writes no further chunk; what is on disk can be resumed. `end` must still be called."""
         self._stopped.set()
 
+    def give_up(self, failure: FlashServeError) -> None:
+        """Writes no further chunk, and takes back what is on disk. `end` must still be called."""
+        self._failure = failure
+        self._stopped.set()
+
     def join(self) -> None:
         self._thread.join()
 
     def _run(self) -> None:
-        _step_back()
+        step_back()
         is_on_disk = False
         try:
-            if self._write_all() and self._is_whole:
+            is_written = self._write_all()
+            if self._failure:
+                raise self._failure
+            if is_written and self._is_whole:
                 self._incoming.complete()
                 is_on_disk = True
             else:
@@ -116,7 +125,7 @@ class WriteBehind:
         return None
 
 
-def _step_back() -> None:
+def step_back() -> None:
     """Lowers the calling thread's priority; a process that is nicer already stays so."""
     thread = threading.get_native_id()
     niceness = max(_NICENESS, os.getpriority(os.PRIO_PROCESS, thread))

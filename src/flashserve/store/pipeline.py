@@ -22,8 +22,8 @@ from flashserve.store.checkpoint.listing import CHUNK_BYTES, FileReader
 _log = logging.getLogger(__name__)
 
 
-def _unlimited(num_bytes: int) -> None:
-    """No rate limit."""
+def _ignored(_: int) -> None:
+    """No rate limit, and nobody who wants to know."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,7 +32,8 @@ class FileLoad:
 
     memory is the file's place, at least num_bytes long; where it is None each chunk only passes
     through a buffer. known are checksums by chunk that were taken before; a chunk with another one
-    is read once more from what `again` opens, if anything can. take(num_bytes) waits until so many
+    is read once more from what `again` opens, if anything can, and on_damage is told its index when
+    that brought it. take(num_bytes) waits until so many
     bytes may be read. on_chunk(index, data, checksum) is called by the reading threads as chunks
     have come; `data` is theirs only while it runs, unless it lies in `memory`.
     """
@@ -44,7 +45,8 @@ class FileLoad:
     on_chunk: Callable[[int, memoryview, int], None]
     known: Mapping[int, int] = dataclasses.field(default_factory=dict)
     again: Callable[[], FileReader] | None = None
-    take: Callable[[int], None] = _unlimited
+    take: Callable[[int], None] = _ignored
+    on_damage: Callable[[int], None] = _ignored
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -181,6 +183,7 @@ def _verified(file: FileLoad, index: int, data: memoryview) -> int:
         reader.close()
     if checksum(data) != wanted:
         raise CheckpointError(f"{place}, and so are those that were fetched again")
+    file.on_damage(index)
     return wanted
 
 

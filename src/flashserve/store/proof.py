@@ -60,9 +60,9 @@ class Proof:
                         each.update(data)
         return difference({name: each.hexdigest() for name, each in sums.items()}, promised)
 
-    def submit(self, origin: Origin, file: FileImage) -> None:
+    def submit(self, origin: Origin, file: FileImage, name: str) -> None:
         """Has a file proved, and its BLAKE3 computed, in the background. By now it is on disk, if
-        it is to be there.
+        it is to be there, where `name` is what this origin calls it.
         """
         is_proved = self.comes_first(origin, file) or not origin.is_fetched
 
@@ -73,7 +73,7 @@ class Proof:
                 self._damaged(self._shelf.quarantine(file), message)
                 return
             self._shelf.identify(file, digest)
-            self._origins.set_digest(origin, file.file.name, digest)
+            self._origins.set_digest(origin, name, digest)
 
         self._digester.submit(
             lambda: self._pieces(file), () if is_proved else file.file.digests, done

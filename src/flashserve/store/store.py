@@ -281,7 +281,7 @@ class Store:
         origin = self._look(model)
         looked_s = time.monotonic() - began
         image, fill = self._shelf.find(origin.listing.identity, model.model_id), None
-        if image is None:
+        if is_new := image is None:
             snapshot = self._origins.snapshot(origin)
             files = [origin.file(file.name) for file in snapshot.layout.files]
             image, fill = self._shelf.claim(snapshot, files, model.model_id)
@@ -297,7 +297,7 @@ class Store:
         if progress and not is_hit:
             arrival.listen(progress)
         lease = Lease(self._shelf, image, model.model_id, arrival)
-        if fill is not None:
+        if is_new:
             self._filler.start(origin, image, fill, model.model_id)
         return lease
 
@@ -318,12 +318,15 @@ class Store:
         uri, disk = self._sources.get(model_id), self._origins.disk
         while uri and disk and (stored := self._origins.on_disk(uri)):
             disk.evict(stored.listing.identity)
-            if self.listener:
-                self.listener.left_disk(model_id)
+            self._left_disk(model_id)
 
     def _on_disk(self, model_id: ModelId, num_bytes: int, seconds: float) -> None:
         if self.listener:
             self.listener.on_disk(model_id, num_bytes, seconds)
+
+    def _left_disk(self, model_id: ModelId) -> None:
+        if self.listener:
+            self.listener.left_disk(model_id)
 
     def _damaged(self, model_ids: tuple[ModelId, ...], message: str) -> None:
         _log.error("%s; it is read again when it is needed", message)

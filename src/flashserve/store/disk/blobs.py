@@ -12,6 +12,9 @@ import errno
 from collections.abc import Iterator
 
 from flashserve.errors import CheckpointError
+from flashserve.store.checkpoint.files import is_small
+from flashserve.store.checkpoint.listing import Listing
+from flashserve.store.disk.folder import Folder
 from flashserve.store.disk.index import BLOBS, DiskIndex, Entry
 from flashserve.store.disk.manifest import Stored
 
@@ -39,6 +42,34 @@ def share(index: DiskIndex, entry: Entry, name: str, digest: str) -> None:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
+
+
+def adopt(index: DiskIndex, listing: Listing, folder: Folder) -> dict[str, tuple[int, ...]]:
+    """Gives `folder`, where a checkpoint comes to be, the weights that a whole checkpoint has too
+    by their identity; their chunk checksums by name. What they hold is not compared with those.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    held = {
+        (file.identity, file.num_bytes): (entry, stored, file.name)
+        for entry, stored in index.checkpoints()
+        for file in stored.listing.files
+    }
+    adopted = {}
+    for file in listing.files:
+        if is_small(file.name) or (file.identity, file.num_bytes) not in held:
+            continue
+        entry, stored, name = held[file.identity, file.num_bytes]
+        try:
+            with index.open(entry.area, entry.key) as source:
+                source.link(name, folder, file.name)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+        else:
+            adopted[file.name] = stored.checksums[name]
+    return adopted
 
 
 def replace(index: DiskIndex, entry: Entry, stored: Stored, name: str, fresh: str) -> None:

@@ -73,8 +73,11 @@ def rewrite(
     file: SourceFile,
     damaged: Collection[int],
     refetch: Callable[[int], bytes],
+    advance: Callable[[int], None] = lambda _: None,
 ) -> str:
     """Writes the file anew beside the old one, `damaged` chunks from `refetch`; its name.
+
+    advance is told the bytes of each chunk; what it raises ends this.
 
     Raises:
         CheckpointError: what was refetched, or the old file, is not what it should be.
@@ -98,6 +101,7 @@ def rewrite(
             with memoryview(data) as view:
                 pwrite_chunk(new, index, view)
             hasher.update(data)
+            advance(len(data))
         if stored.digests.get(file.name, digest := hasher.hexdigest()) != digest:
             raise CheckpointError(f"{file.name} differs from its digest at its source too")
         os.fsync(new)

@@ -102,9 +102,10 @@ def repair_file(
     name: str,
     damaged: Collection[int],
     refetch: Callable[[int], bytes],
+    advance: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Writes one file of a checkpoint anew, while the tier is in use; `refetch` brings the damaged
-    chunks by index.
+    chunks by index. advance is told the bytes of each chunk; what it raises ends this.
 
     Raises:
         CheckpointError: what was refetched, or the rest of the file, is not what it should be.
@@ -118,7 +119,7 @@ def repair_file(
             folder = index.open(entry.area, entry.key)
             file = next(file for file in stored.listing.files if file.name == name)
         with folder, disk_errors(tier.root):
-            fresh = rewrite(folder, stored, file, damaged, refetch)
+            fresh = rewrite(folder, stored, file, damaged, refetch, advance)
         with tier.exclusive() as index:
             entry, stored = _whole(index, identity)
             blobs.replace(index, entry, stored, name, fresh)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import xxhash
@@ -38,6 +38,7 @@ class Incoming:
         root: Path,
         folder: Folder,
         listing: Listing,
+        adopted: Mapping[str, tuple[int, ...]],
         *,
         publish: Callable[[Stored], Stored],
         release: Callable[[bool], None],
@@ -45,6 +46,7 @@ class Incoming:
     ) -> None:
         """Owns `folder` from here on.
 
+        adopted: chunk checksums of files in it that are another checkpoint's too: never written to.
         publish: makes the whole checkpoint visible; release: gives the place up, kept or not.
         """
         self.directory = folder.path
@@ -58,6 +60,7 @@ class Incoming:
         self._idle = threading.Condition(self._lock)
         self._num_busy = 0
         self._files = {file.name: file for file in listing.files}
+        self._adopted = adopted
         self._parts: dict[str, _Part] = {}
         self._digests: dict[str, str] = {}
         self._is_open = True
@@ -87,7 +90,8 @@ class Incoming:
                 part.vouch(index, xxhash.xxh3_64_intdigest(piece))
 
     def done(self, name: str) -> dict[int, int]:
-        """Checksums of the chunks that are on disk already, by index, compared with their bytes.
+        """Checksums of the chunks that are on disk already, by index, compared with their bytes,
+        but for a file that another checkpoint has too: that one is believed like any whole one.
 
         Raises:
             UnavailableError: the disk fails.
@@ -99,14 +103,16 @@ class Incoming:
         """Reads back a chunk that is done into `target`, which is as long as the chunk.
 
         Raises:
-            CheckpointError: its bytes are no longer what they were; it is not done any more.
+            CheckpointError: its bytes are no longer what they were; it is not done any more,
+                unless the file is another checkpoint's too.
             UnavailableError: the disk fails.
         """
         with disk_errors(self._root), self._using(name) as part:
             wanted = part.done.get(index)
             if pread_chunk(part.fd, index, target) and xxhash.xxh3_64_intdigest(target) == wanted:
                 return
-            part.done.pop(index, None)
+            if not part.is_adopted:
+                part.done.pop(index, None)
         raise CheckpointError(f"chunk {index} of {self.directory / name} is damaged on disk")
 
     def write_chunk(self, name: str, index: int, data: memoryview, checksum: int) -> None:
@@ -114,11 +120,16 @@ class Incoming:
 
         Raises:
             UnavailableError: the disk is full or fails; what was written before can be resumed.
+            CheckpointError: another checkpoint has the file too, with other bytes.
         """
         file = self._file(name)
         if not 0 <= index < file.num_chunks or len(data) != chunk_bytes(file, index):
             raise InternalError(f"chunk {index} of {name} cannot have {len(data)} bytes")
         with disk_errors(self._root), self._using(name) as part:
+            if part.is_adopted:
+                raise CheckpointError(
+                    f"{self.directory / name} is another checkpoint's too, with other bytes"
+                )
             part.write(index, data)
             part.vouch(index, checksum)
 
@@ -203,7 +214,9 @@ class Incoming:
             self._check_open()
             part = self._parts.get(name)
             if part is None:
-                part = self._parts[name] = _Part(self._folder, self._file(name))
+                part = self._parts[name] = _Part(
+                    self._folder, self._file(name), self._adopted.get(name)
+                )
             return part
 
     def _file(self, name: str) -> SourceFile:
@@ -220,7 +233,11 @@ class Incoming:
 class _Part:
     """One file being written, or put already: its bytes, its journal, and what they agree on."""
 
-    def __init__(self, folder: Folder, file: SourceFile) -> None:
+    def __init__(self, folder: Folder, file: SourceFile, adopted: tuple[int, ...] | None) -> None:
+        """adopted: chunk checksums of a file that is another checkpoint's too."""
+        self.is_adopted = adopted is not None
+        if not self.is_adopted and _is_shared(folder, file.name):
+            folder.remove(file.name)  # adopted before a crash, from what has gone meanwhile
         is_put = folder.facts(file.name) is not None
         name = file.name if is_put else part_name(file.name)
         self.fd = folder.open(name, os.O_RDWR | (0 if is_put else os.O_CREAT))
@@ -233,9 +250,12 @@ class _Part:
         self._lock = threading.Lock()
         self._unsynced = 0
         try:
-            os.ftruncate(self.fd, file.num_bytes)
-            self.done = good_chunks(self.fd, file, self._journal.recorded)
-            self._writer = ChunkWriter(self.fd)
+            if adopted is None:
+                os.ftruncate(self.fd, file.num_bytes)
+                self.done = good_chunks(self.fd, file, self._journal.recorded)
+                self._writer = ChunkWriter(self.fd)
+            else:
+                self.done = dict(enumerate(adopted))
         except BaseException:
             self.close()
             raise
@@ -264,3 +284,8 @@ class _Part:
             self._writer.close()
         self._journal.close()
         os.close(self.fd)
+
+
+def _is_shared(folder: Folder, name: str) -> bool:
+    facts = folder.facts(name)
+    return facts is not None and facts.st_nlink > 1

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from flashserve.errors import CheckpointError, ConflictError, InternalError
+from flashserve.errors import CheckpointError, ConflictError, InternalError, UnavailableError
 from flashserve.store.checkpoint.listing import Listing
 from flashserve.store.disk import blobs
 from flashserve.store.disk.budget import DiskUsage, age, bytes_of, choose_victims
@@ -114,7 +114,8 @@ class DiskTier:
             self._pins[key] -= 1
 
     def begin(self, listing: Listing) -> Incoming:
-        """Makes a place for a checkpoint, or goes on with the one that an earlier fetch left.
+        """Makes a place for a checkpoint, or goes on with the one that an earlier fetch left. Files
+        that a whole checkpoint has too are there already.
 
         Room is made by evicting what was used least recently and is not pinned.
 
@@ -157,10 +158,19 @@ class DiskTier:
         return freed
 
     def quarantine(self, identity: str, reason: str) -> None:
-        """Takes a damaged checkpoint out of sight; it is never served again."""
-        with self._lock, disk_errors(self.root):
-            if entry := self.index.checkpoint(key_of(identity)):
-                self._quarantine(entry, reason)
+        """Takes a damaged checkpoint out of sight; it is never served again.
+
+        Where the disk takes no change, it is only forgotten: until the next start.
+        """
+        with self._lock:
+            entry = self.index.checkpoint(key_of(identity))
+            if entry is None:
+                return
+            try:
+                with disk_errors(self.root):
+                    self._quarantine(entry, reason)
+            except UnavailableError:
+                entry.stored = None
 
     def set_digest(self, identity: str, name: str, digest: str) -> None:
         """Notes the BLAKE3 of a file, and stores the file once with all that have it.
@@ -243,6 +253,7 @@ class DiskTier:
         try:
             # A manifest is for what is whole; one that stands here was not believed.
             folder.remove_any(MANIFEST)
+            adopted = blobs.adopt(self.index, listing, folder)
         except BaseException:
             folder.close()
             raise
@@ -250,6 +261,7 @@ class DiskTier:
             self.root,
             folder,
             listing,
+            adopted,
             publish=lambda stored: self._publish(key, stored),
             release=lambda keep: self._release(key, keep=keep),
             set_digest=lambda name, digest: self.set_digest(listing.identity, name, digest),
