@@ -109,7 +109,7 @@ class Engine:
         return self._pool.usage()
 
     def close(self) -> None:
-        """Leaves the model as it was before, for another engine. Once; nothing is asked after it."""
+        """Leaves the model as it was before. Once; nothing is asked after it."""
         self._runner.close()
 
     def drop_cached(self) -> None:

@@ -25,6 +25,7 @@ from flashserve.messages.events import (
 from flashserve.messages.work import (
     GenerateJob,
     ModelFacts,
+    ModelLost,
     Prepare,
     TokenBatch,
     WorkerStats,
@@ -188,12 +189,15 @@ class Agent:
                 arena.num_bytes,
                 threads_per_worker(node),
                 self._settings.engine,
+                node.device,
+                self._settings.data_dir / "references",
                 self._worker_command,
             ),
             node.num_workers,
             on_ready=lambda _: self._report_workers(),
             on_spare=self._hints.send_all,
             on_lost=self._worker_lost,
+            on_model_lost=self._model_lost,
         )
         self._pool.start()
         self._handout = HandoutSocket(
@@ -307,7 +311,13 @@ class Agent:
         self._report_workers()  # first, so that what the loss causes counts one worker less
         for replica in list(self._replicas.values()):
             if replica.worker is worker:
-                replica.worker_lost(reason)
+                replica.lose(reason)
+
+    def _model_lost(self, worker: Worker, lost: ModelLost) -> None:
+        """A worker gave up what it had loaded; it is emptied and used again."""
+        for replica in list(self._replicas.values()):
+            if replica.worker is worker and replica.order.model.model_id == lost.model_id:
+                replica.lose(lost.message)
 
     def _report_workers(self) -> None:
         self._emit(WorkersChanged(self.spec.node_id, self._pool.num_ready))

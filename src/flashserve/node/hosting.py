@@ -8,6 +8,7 @@ import json
 import logging
 import mmap
 import os
+import pathlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 
 from flashserve.config import EngineSettings
 from flashserve.engine.engine import Engine
+from flashserve.engine.gates import Gates
 from flashserve.engine.loading import (
     build_skeleton,
     choose_dtype,
@@ -34,10 +36,12 @@ from flashserve.messages.work import (
     ModelDescription,
     Opened,
     Prepare,
+    UnloadReport,
     WorkerReady,
 )
-from flashserve.node.arriving import Arriving, bind_early
-from flashserve.store.device.bind import bind
+from flashserve.node.homes import ArenaHome, DeviceHome, Home
+from flashserve.store.device.copier import CudaCopier
+from flashserve.store.device.regions import RegisteredArena, address_of
 from flashserve.store.dram.arena import attach
 
 _log = logging.getLogger(__name__)
@@ -73,70 +77,115 @@ class ModelHost:
     Args:
         arena: this process's only mapping of the node's arena, read-only.
         settings: of every engine that it makes.
+        home: where its models live; in the arena if not given.
     """
 
-    def __init__(self, arena: mmap.mmap, settings: EngineSettings) -> None:
+    def __init__(
+        self, arena: mmap.mmap, settings: EngineSettings, home: Home | None = None
+    ) -> None:
         self._arena = arena
         self._settings = settings
-        self._kv_pool = allocate_pool(settings.kv_bytes)
+        self._home = home or ArenaHome(arena)
+        self._kv_pool = allocate_pool(settings.kv_bytes, self._home.device)
         self._skeletons = Skeletons()
         self._ahead: collections.deque[Iterator[None]] = collections.deque()
         self._engine: Engine | None = None
         self._loaded: LoadModel | None = None
-        self._arriving: Arriving | None = None
+        self._gates: Gates | None = None
+        self._is_checked = False
 
     @property
     def engine(self) -> Engine | None:
         return self._engine
 
     def load(self, order: LoadModel) -> LoadReport:
-        """Binds a model to its bytes in the arena and puts an engine around it.
+        """Gives a model its weights, or wakes it, and puts an engine around it.
 
-        Of an order that is not whole, the engine's steps wait for the bytes that are to come.
+        The engine's steps wait for bytes that are to come, or are being copied.
 
         Raises:
             ConflictError: a model is loaded already.
             DeployError: the model is not served, or its tensors do not fit its config.
-            UnavailableError: the KV pool is too small for it.
+            UnavailableError: the KV pool, or the device, is too small for it.
+            InternalError: the device failed.
         """
         if self._engine is not None:
             raise ConflictError("the worker holds a model already")
         begin = time.monotonic()
         dtype = choose_dtype(self._settings.dtype, order.tensors)
-        model = self._skeletons.take(order.config, dtype)
-        built = time.monotonic()
-        arriving = None
-        if order.is_whole:
-            bind(model, order.tensors, self._arena, dtype)
-        else:
-            arriving = bind_early(model, order, self._arena, dtype)
-        bound = time.monotonic()
+        building_s = 0.0
+
+        def build() -> nn.Module:
+            nonlocal building_s
+            started = time.monotonic()
+            model = self._skeletons.take(order.config, dtype)
+            building_s = time.monotonic() - started
+            return model
+
+        taking = time.monotonic()
+        taken = self._home.take(order, dtype, build)
+        device_s = time.monotonic() - taking - building_s
         eos_ids = eos_token_ids(order.config, order.generation_config)
-        gates = arriving.gates if arriving else None
-        self._engine = Engine(model, self._settings, self._kv_pool, eos_ids, gates)
-        self._loaded, self._arriving = order, arriving
-        device_s = bound - built
+        try:
+            self._engine = Engine(taken.model, self._settings, self._kv_pool, eos_ids, taken.gates)
+        except BaseException:
+            self._home.release()
+            raise
+        self._loaded, self._gates, self._is_checked = order, taken.gates, False
         return LoadReport(
             device_s=device_s,
             init_s=time.monotonic() - begin - device_s,
             kv=self._engine.kv_usage(),
+            was_asleep=taken.was_asleep,
         )
 
-    def unload(self) -> None:
-        """Frees the model; the KV pool stays. No view of the arena is left behind."""
-        loaded, self._engine, self._loaded, self._arriving = self._loaded, None, None, None
-        gc.collect()
+    def unload(self) -> UnloadReport:
+        """Puts the model to sleep; the KV pool stays. No view of the arena is left behind.
+
+        Raises:
+            InternalError: the device failed; the model is gone.
+        """
+        loaded, engine = self._loaded, self._engine
+        self._engine = self._loaded = self._gates = None
+        if engine is not None:
+            engine.close()
+            del engine
         if loaded is not None:
+            self._home.release()
             self._ahead.append(self._skeleton_pieces(loaded))
+        gc.collect()
+        return UnloadReport(self._home.asleep)
+
+    def check(self) -> None:
+        """Compares what the model computes with what it computed before, once all of it is there.
+
+        Does something at one call after each load, best the one after the first token.
+
+        Raises:
+            SelfCheckError: it differs. Unload the model, which cannot be computed with any more.
+        """
+        is_whole = self._gates is None or self._gates.is_open
+        if self._engine is not None and is_whole and not self._is_checked:
+            self._is_checked = True
+            self._home.verify()
+
+    @property
+    def loaded(self) -> LoadModel | None:
+        return self._loaded
+
+    @property
+    def failure(self) -> FlashServeError | None:
+        """Why the loaded model will never be whole."""
+        return self._gates.failure if self._gates is not None else None
 
     def opened(self, news: Opened) -> None:
-        arriving = self._arriving
-        if arriving is not None and arriving.model_id == news.model_id:
-            arriving.opened(news.num_open)
+        loaded, gates = self._loaded, self._gates
+        if loaded is not None and gates is not None and loaded.model_id == news.model_id:
+            gates.open(news.num_open)
 
     def fail_arrival(self, error: FlashServeError) -> None:
-        if self._arriving is not None:
-            self._arriving.fail(error)
+        if (gates := self._gates) is not None:
+            gates.fail(error)
 
     def describe(self, order: DescribeModel) -> ModelDescription:
         return describe(order.config, order.tensors)
@@ -166,10 +215,13 @@ class ModelHost:
             yield
 
     def _skeleton_pieces(self, model: Prepare | LoadModel) -> Iterator[None]:
-        """Imports the architecture's code, then builds its skeleton."""
+        """Imports the architecture's code, then builds its skeleton. A sleeping one needs none."""
+        dtype = choose_dtype(self._settings.dtype, model.tensors)
+        if self._home.would_wake(model.identity, dtype):
+            return
         preload(model.config)
         yield
-        self._skeletons.build(model.config, choose_dtype(self._settings.dtype, model.tensors))
+        self._skeletons.build(model.config, dtype)
 
 
 def _skeleton_key(config: dict[str, Any], dtype: torch.dtype) -> str:
@@ -177,15 +229,40 @@ def _skeleton_key(config: dict[str, Any], dtype: torch.dtype) -> str:
 
 
 def start_host(
-    arena_fd: int, arena_bytes: int, num_threads: int, settings: EngineSettings
+    arena_fd: int,
+    arena_bytes: int,
+    num_threads: int,
+    settings: EngineSettings,
+    device: str = "cpu",
+    references: pathlib.Path | None = None,
 ) -> tuple[ModelHost, WorkerReady]:
-    """A host past all its first-use work, and what to tell the agent about it."""
+    """A host past all its first-use work, and what to tell the agent about it.
+
+    Args:
+        device: cpu, cuda, or auto for the better one that is there.
+        references: of self-checks, see `DeviceHome`.
+
+    Raises:
+        UnavailableError: the device is not there, or has no memory for the KV pool.
+    """
     torch.set_num_threads(num_threads)
     arena = attach(arena_fd, arena_bytes)
     os.close(arena_fd)  # the mapping keeps the memory
-    host = ModelHost(arena, settings)
+    home = _open_home(device, arena, references)
+    host = ModelHost(arena, settings, home)
     preload()
-    warm_up()
+    warm_up(home.device)
     gc.collect()
     gc.freeze()  # what the libraries made stays for good: later collections need not look at it
-    return host, WorkerReady(os.getpid(), str(torch.__version__), torch.get_num_threads())
+    name = str(home.device)
+    return host, WorkerReady(os.getpid(), str(torch.__version__), torch.get_num_threads(), name)
+
+
+def _open_home(device: str, arena: mmap.mmap, references: pathlib.Path | None) -> Home:
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return ArenaHome(arena)
+    copier = CudaCopier(torch.device("cuda"))
+    registered = RegisteredArena(copier, address_of(arena), len(arena))
+    if registered.refusal is not None:
+        _log.warning("copies to the device will be slow: %s", registered.refusal)
+    return DeviceHome(copier, arena, registered, references)

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 import structlog
 
 from flashserve.errors import FlashServeError, UnavailableError
+from flashserve.messages.work import ModelLost
 from flashserve.node.workers import START_TIMEOUT_S, Launcher, Worker
 from flashserve.types import ModelId
 
@@ -30,6 +31,7 @@ class WorkerPool:
         on_ready: a worker became ready; the number ready now follows.
         on_spare: a worker has nothing to do and nobody waits for it.
         on_lost: a ready worker ended by itself; called at once, before it is reaped.
+        on_model_lost: a worker cannot go on with the model that it holds.
     """
 
     def __init__(
@@ -40,12 +42,14 @@ class WorkerPool:
         on_ready: Callable[[Worker], None],
         on_spare: Callable[[Worker], None],
         on_lost: Callable[[Worker], None],
+        on_model_lost: Callable[[Worker, ModelLost], None],
     ) -> None:
         self._launcher = launcher
         self._size = size
         self._on_ready = on_ready
         self._on_spare = on_spare
         self._on_lost = on_lost
+        self._on_model_lost = on_model_lost
         self._names = itertools.count()
         self._claims: collections.deque[tuple[ModelId, asyncio.Future[Worker]]]
         self._claims = collections.deque()
@@ -73,8 +77,8 @@ class WorkerPool:
     def claim(self, model_id: ModelId) -> asyncio.Future[Worker]:
         """A worker for one replica, as soon as those who asked before have theirs.
 
-        Among spare workers, one that served the model last is taken first, then one that served
-        none.
+        Among spare workers, one in which the model sleeps is taken first, then one that served it
+        last, then one that served none.
         """
         claim: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
         self._claims.append((model_id, claim))
@@ -150,6 +154,7 @@ class WorkerPool:
         worker = self._launcher.launch(name)
         self._all.add(worker)
         worker.on_gone = self._gone
+        worker.on_model_lost = self._on_model_lost
         ready_at = None
         try:
             await worker.wait_ready()
@@ -198,6 +203,8 @@ class WorkerPool:
 
 def _unfitness(worker: Worker, model_id: ModelId) -> int:
     """Lowest for the worker to take; `min` keeps the longest spare among equals."""
-    if worker.last_model == model_id:
+    if model_id in worker.asleep:
         return 0
-    return 1 if worker.last_model is None else 2
+    if worker.last_model == model_id:
+        return 1
+    return 2 if worker.last_model is None else 3

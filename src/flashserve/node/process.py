@@ -10,6 +10,7 @@ import asyncio
 import collections
 import contextlib
 import os
+import pathlib
 import signal
 import socket
 import subprocess
@@ -42,6 +43,8 @@ def worker_arguments(
     arena: tuple[int, int],
     num_threads: int,
     settings: EngineSettings,
+    device: str,
+    references: pathlib.Path,
 ) -> list[str]:
     """A worker's command line; arena is its descriptor and its size in bytes."""
     return [
@@ -51,6 +54,8 @@ def worker_arguments(
         f"--arena-fd={arena[0]}",
         f"--arena-bytes={arena[1]}",
         f"--threads={num_threads}",
+        f"--device={device}",
+        f"--references={references}",
         f"--settings={settings.model_dump_json()}",
     ]
 

@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Callable, Iterable
-from types import NoneType
 
 import structlog
 
@@ -28,6 +27,7 @@ from flashserve.messages.work import (
     Opened,
     Prepare,
     TokenBatch,
+    UnloadReport,
 )
 from flashserve.node.channel import ItemStream
 from flashserve.node.landing import Landing
@@ -98,8 +98,8 @@ class Replica:
         """All of its bytes have arrived."""
         return self._landing is not None and self._landing.report.done()
 
-    def worker_lost(self, reason: str) -> None:
-        """Its worker has died; says so at once, before the worker is reaped."""
+    def lose(self, reason: str) -> None:
+        """It can serve no more, its worker having died or given it up; says so at once."""
         if not self.is_ending:
             self._emit(ReplicaLost(*self._names(), reason))
             self._end(None)
@@ -227,7 +227,8 @@ async def _empty(worker: Worker) -> None:
     """Returns when the worker holds no model: it has said so, or it is dead."""
     if worker.is_alive:
         try:
-            await worker.channel.call("unload", None, NoneType, timeout_s=_UNLOAD_TIMEOUT_S)
+            report = await worker.channel.call("unload", None, UnloadReport, _UNLOAD_TIMEOUT_S)
+            worker.asleep = frozenset(report.asleep)
         except ReplicaError:
             worker.process.kill()  # the connection has ended, and so does a worker then
         except FlashServeError as error:

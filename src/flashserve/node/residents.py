@@ -1,4 +1,4 @@
-"""What a worker's device holds: one model awake, or the last one asleep."""
+"""What a worker's device holds: at most one model awake, and those that sleep."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import nn
 
 from flashserve.engine.selfcheck import SelfCheck
 from flashserve.errors import ConflictError, FlashServeError, SelfCheckError
+from flashserve.node.sleepers import MAX_ASLEEP, Sleepers, kept_bytes
 from flashserve.node.sleeping import Residence, ResidenceState
 from flashserve.store.device.copier import DeviceCopier
 from flashserve.store.device.regions import RegisteredArena
-from flashserve.types import TensorSlice
+from flashserve.types import ModelId, TensorSlice
 
 _log = logging.getLogger(__name__)
 
@@ -32,19 +33,28 @@ class Resident:
 
 
 class Residents:
-    """Loads a model, or wakes it when it is the one that slept here last."""
+    """Loads a model, or wakes it when it sleeps here.
 
-    def __init__(self, copier: DeviceCopier, arena: RegisteredArena) -> None:
+    Args:
+        max_asleep: so many sleep at most; those that slept longest are closed.
+    """
+
+    def __init__(
+        self, copier: DeviceCopier, arena: RegisteredArena, max_asleep: int = MAX_ASLEEP
+    ) -> None:
         self._copier = copier
         self._arena = arena
-        self._last: Resident | None = None
+        self._awake: Resident | None = None
+        self._asleep: Sleepers[Resident] = Sleepers(_close, max_asleep=max_asleep)
 
     @property
-    def asleep(self) -> str | None:
-        """The key of the model that would wake."""
-        last = self._last
-        is_asleep = last is not None and last.residence.state is ResidenceState.ASLEEP
-        return last.key if last is not None and is_asleep else None
+    def asleep(self) -> tuple[str, ...]:
+        """The keys of the models that would wake."""
+        return self._asleep.keys
+
+    @property
+    def asleep_ids(self) -> tuple[ModelId, ...]:
+        return self._asleep.model_ids
 
     def take(
         self,
@@ -58,8 +68,7 @@ class Residents:
     ) -> Resident:
         """The model awake; bring the groups that are not yet open with `Residence.open`.
 
-        A model that cannot wake is loaded anew; another one that slept here is closed before, so
-        that its memory is free.
+        A model that cannot wake is loaded anew.
 
         Args:
             build: makes the module, bound to the arena; not called for one that wakes.
@@ -67,12 +76,13 @@ class Residents:
 
         Raises:
             ConflictError: a model is awake already.
-            UnavailableError: the device has not enough memory; it holds nothing then.
+            UnavailableError: the device has not enough memory; it holds nothing of it then.
+            InternalError: a copy was refused; likewise.
         """
-        if self._last is not None and self._last.residence.state is ResidenceState.AWAKE:
+        if self._is_awake:
             raise ConflictError("the device holds a model already")
-        if self.asleep != key or not self._wake(tensors):
-            self.close()
+        sleeper = self._asleep.pop(key)
+        if sleeper is None or not _wake(sleeper, tensors):
             residence = Residence(
                 self._copier, self._arena, tensors, groups, float_dtype=float_dtype
             )
@@ -83,10 +93,10 @@ class Residents:
                 residence.close()
                 raise
             residence.bind(model)
-            self._last = Resident(key, model, residence)
-        assert self._last is not None
-        self._last.residence.open(num_open)
-        return self._last
+            sleeper = Resident(key, model, residence)
+        sleeper.residence.open(num_open)
+        self._awake = sleeper
+        return sleeper
 
     def awake(self) -> Resident:
         """The model that is on the device now.
@@ -94,17 +104,23 @@ class Residents:
         Raises:
             ConflictError: none is.
         """
-        last = self._last
-        if last is None or last.residence.state is not ResidenceState.AWAKE:
+        if self._awake is None or not self._is_awake:
             raise ConflictError("no model is awake on the device")
-        return last
+        return self._awake
 
-    def sleep(self) -> int:
-        """Puts the awake model to sleep; how many bytes of the device that freed."""
-        last = self._last
-        if last is None or last.residence.state is not ResidenceState.AWAKE:
+    def sleep(self, model_id: ModelId = ModelId("")) -> int:  # noqa: B008 - a string
+        """Puts the awake model to sleep; how many bytes of the device that freed.
+
+        Args:
+            model_id: what `asleep_ids` is to call it.
+        """
+        awake, is_awake = self._awake, self._is_awake
+        self._awake = None
+        if awake is None or not is_awake:
             return 0
-        return last.residence.sleep()
+        num_bytes = awake.residence.sleep()
+        self._asleep.put(awake.key, awake, model_id, kept_bytes(awake.model))
+        return num_bytes
 
     def verify(self, check: SelfCheck, logits: Callable[[nn.Module], torch.Tensor]) -> bool:
         """Compares what the awake model computes with its reference; records the first of a key.
@@ -117,25 +133,39 @@ class Residents:
         Raises:
             SelfCheckError: it computes something else. It is closed: the next `take` loads it anew.
         """
-        last = self.awake()
-        last.residence.wait(last.residence.num_groups - 1)
+        awake = self.awake()
+        awake.residence.wait(awake.residence.num_groups - 1)
         try:
-            return check.compare(logits(last.model))
+            return check.compare(logits(awake.model))
         except SelfCheckError:
-            self.close()
+            self.drop()
             raise
+
+    def drop(self) -> None:
+        """Closes the awake model, if any: it does not sleep."""
+        awake, self._awake = self._awake, None
+        if awake is not None:
+            _close(awake)
 
     def close(self) -> None:
         """Gives everything on the device back."""
-        last, self._last = self._last, None
-        if last is not None:
-            last.residence.close()
+        self.drop()
+        self._asleep.clear()
 
-    def _wake(self, tensors: Sequence[TensorSlice]) -> bool:
-        assert self._last is not None
-        try:
-            self._last.residence.wake(tensors)
-        except FlashServeError as error:
-            _log.warning("a sleeping model is loaded anew: %s", error)
-            return False
-        return True
+    @property
+    def _is_awake(self) -> bool:
+        awake = self._awake
+        return awake is not None and awake.residence.state is ResidenceState.AWAKE
+
+
+def _wake(sleeper: Resident, tensors: Sequence[TensorSlice]) -> bool:
+    try:
+        sleeper.residence.wake(tensors)
+    except FlashServeError as error:
+        _log.warning("a sleeping model is loaded anew: %s", error)
+        return False
+    return True
+
+
+def _close(resident: Resident) -> None:
+    resident.residence.close()

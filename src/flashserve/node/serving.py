@@ -19,6 +19,7 @@ from flashserve.errors import (
     InputError,
     InternalError,
     ReplicaError,
+    SelfCheckError,
     error_from_code,
 )
 from flashserve.messages import wire
@@ -30,9 +31,11 @@ from flashserve.messages.work import (
     LoadModel,
     LoadReport,
     ModelDescription,
+    ModelLost,
     Opened,
     Prepare,
     TokenBatch,
+    UnloadReport,
     WorkerReady,
     WorkerStats,
 )
@@ -67,7 +70,16 @@ class Host(Protocol):
     @property
     def engine(self) -> BatchingEngine | None: ...
     def load(self, order: LoadModel) -> LoadReport: ...
-    def unload(self) -> None: ...
+    def unload(self) -> UnloadReport: ...
+    @property
+    def loaded(self) -> LoadModel | None: ...
+    def check(self) -> None:
+        """Raises SelfCheckError: the loaded model does not compute what it should."""
+
+    @property
+    def failure(self) -> FlashServeError | None:
+        """Why bytes of the loaded model will never be there."""
+
     def opened(self, news: Opened) -> None:
         """More bytes of the loaded model are there; also while a step waits for them."""
 
@@ -81,7 +93,7 @@ class Host(Protocol):
 
 
 class EngineUnusableError(Exception):
-    """After a failed step the engine could not be brought back to an empty state."""
+    """The engine, or the device, could not be brought back to an empty state."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -201,8 +213,7 @@ class Serving:
                 with self._lock:
                     return self._host.load(wire.unpack(body, LoadModel))
             case "unload":
-                self._unload()
-                return None
+                return self._unload()
             case "describe":
                 return self._host.describe(wire.unpack(body, DescribeModel))
             case "stats":
@@ -225,15 +236,31 @@ class Serving:
             self._forget(stream)
             raise
 
-    def _unload(self) -> None:
+    def _unload(self) -> UnloadReport:
         error = self._arrival_error or ReplicaError("the replica was stopped")
         with self._lock:
-            for stream in list(self._streams.values()):
-                self._abort(stream)
-                self._link.send(Fault(stream.call_id, error.code, error.message))
-            self._host.unload()
+            report = self._empty(error)
             self._arrival_error = None
         self._may_work_ahead = True
+        return report
+
+    def _lose(self, error: FlashServeError) -> None:
+        """The model cannot be computed with: frees it, and tells the agent before its readers."""
+        loaded = self._host.loaded
+        if loaded is not None:
+            lost = ModelLost(loaded.model_id, error.code, error.message)
+            self._link.send(Notice("lost", wire.pack(lost)))
+        with self._lock:
+            self._empty(error)
+
+    def _empty(self, reason: FlashServeError) -> UnloadReport:
+        for stream in list(self._streams.values()):
+            self._abort(stream)
+            self._link.send(Fault(stream.call_id, reason.code, reason.message))
+        try:
+            return self._host.unload()
+        except FlashServeError as error:
+            raise EngineUnusableError(f"the model was not put to sleep: {error}") from error
 
     def _stats(self) -> WorkerStats:
         if (engine := self._host.engine) is None:
@@ -244,6 +271,9 @@ class Serving:
         try:
             outputs = engine.step()
         except FlashServeError as error:
+            if failure := self._host.failure:
+                self._lose(failure)
+                return
             with self._lock:
                 self._fail_all(engine, error.code, error.message)
             return
@@ -263,6 +293,15 @@ class Serving:
                 touched[stream.call_id] = stream
         for stream in touched.values():
             self._send_tokens(stream)
+        if touched:
+            self._check()
+
+    def _check(self) -> None:
+        try:
+            self._host.check()
+        except SelfCheckError as error:
+            _log.error("%s", error)
+            self._lose(error)
 
     def _send_tokens(self, stream: _Stream) -> None:
         """Sends what is pending as one item, if there is credit for it."""

@@ -46,6 +46,7 @@ class HeldModel:
             self.lease.tensors,
             self.lease.arrival.num_groups,
             num_open,
+            snapshot.identity,
         )
 
 
@@ -161,4 +162,5 @@ class StoreQueue:
 
 
 def _hint(lease: Lease) -> Prepare:
-    return Prepare(lease.extents, lease.snapshot.config, lease.tensors)
+    snapshot = lease.snapshot
+    return Prepare(lease.extents, snapshot.config, lease.tensors, snapshot.identity)

@@ -11,6 +11,7 @@ import ctypes
 import json
 import logging
 import os
+import pathlib
 import signal
 import socket
 import sys
@@ -42,6 +43,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arena-fd", type=int, required=True)
     parser.add_argument("--arena-bytes", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--device", default="cpu", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--references", type=pathlib.Path, help="of the self-checks")
     parser.add_argument("--settings", type=json.loads, required=True, help="EngineSettings")
     return parser.parse_args(argv)
 
@@ -54,17 +57,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     link_socket = socket.socket(fileno=arguments.socket_fd)
     # Imported only now: the tensor library takes seconds, in which the parent may die.
     from flashserve.config import EngineSettings
-    from flashserve.errors import WireError
+    from flashserve.errors import UnavailableError, WireError
     from flashserve.node.hosting import start_host
     from flashserve.node.link import Link
     from flashserve.node.serving import EngineUnusableError, Serving
 
-    host, ready = start_host(
-        arguments.arena_fd,
-        arguments.arena_bytes,
-        arguments.threads,
-        EngineSettings.model_validate(arguments.settings),
-    )
+    try:
+        host, ready = start_host(
+            arguments.arena_fd,
+            arguments.arena_bytes,
+            arguments.threads,
+            EngineSettings.model_validate(arguments.settings),
+            arguments.device,
+            arguments.references,
+        )
+    except UnavailableError as error:
+        _log.critical("the worker cannot start: %s", error)
+        return _EXIT_ENGINE
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     try:
         Serving(Link(link_socket), host, ready).run()

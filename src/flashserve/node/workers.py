@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import pathlib
 import socket
 from collections.abc import Callable, Hashable, Sequence
 
@@ -14,7 +15,7 @@ from flashserve.config import EngineSettings
 from flashserve.errors import FlashServeError, ReplicaError, UnavailableError, WireError
 from flashserve.messages import wire
 from flashserve.messages.wire import Frame, Notice
-from flashserve.messages.work import WorkerReady
+from flashserve.messages.work import ModelLost, WorkerReady
 from flashserve.node.channel import Channel, open_channel
 from flashserve.node.process import WORKER_COMMAND, WorkerProcess, spawn, worker_arguments
 from flashserve.types import ModelId
@@ -32,6 +33,10 @@ class Launcher:
     arena_bytes: int
     num_threads: int
     settings: EngineSettings
+    device: str
+    """cpu, cuda or auto."""
+    references: pathlib.Path
+    """Directory of the self-checks' references."""
     command: Sequence[str] = WORKER_COMMAND
 
     def launch(self, name: str) -> Worker:
@@ -48,6 +53,8 @@ class Launcher:
                 (self.arena_fd, self.arena_bytes),
                 self.num_threads,
                 self.settings,
+                self.device,
+                self.references,
             ),
             (self.arena_fd,),
             self.num_threads,
@@ -65,6 +72,9 @@ class Worker:
         """Keys of the hints that it was sent; see agent.py."""
         self.last_model: ModelId | None = None
         """What it served last, or serves: its first use of the model's shapes is behind it."""
+        self.asleep: frozenset[ModelId] = frozenset()
+        """Models that it said it would wake instead of building them anew."""
+        self.on_model_lost: Callable[[Worker, ModelLost], None] | None = None
         self.on_gone: Callable[[Worker], None] | None = None
         loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[WorkerReady] = loop.create_future()
@@ -118,6 +128,9 @@ class Worker:
         if isinstance(frame, Notice) and frame.method == "ready":
             if not self._ready.done():
                 self._ready.set_result(wire.unpack(frame.body, WorkerReady))
+        elif isinstance(frame, Notice) and frame.method == "lost":
+            if self.on_model_lost is not None:
+                self.on_model_lost(self, wire.unpack(frame.body, ModelLost))
         else:
             raise WireError(f"worker {self.name} sent an unexpected {type(frame).__name__}")
 

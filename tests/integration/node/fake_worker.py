@@ -23,6 +23,7 @@ from flashserve.messages.work import (
     ModelDescription,
     Opened,
     Prepare,
+    UnloadReport,
     WorkerReady,
 )
 from flashserve.node.link import Link
@@ -99,6 +100,7 @@ class FakeEngine:
 class FakeHost:
     def __init__(self) -> None:
         self.engine: FakeEngine | None = None
+        self.loaded: LoadModel | None = None
         self._gates = Gates(0)
 
     def load(self, order: LoadModel) -> LoadReport:
@@ -111,10 +113,16 @@ class FakeHost:
         self._gates = Gates(order.num_groups)
         self._gates.open(order.num_open)
         self.engine = FakeEngine(script, self._gates)
+        self.loaded = order
         return LoadReport(0.0, 0.0, self.engine.kv_usage())
 
-    def unload(self) -> None:
-        self.engine = None
+    def unload(self) -> UnloadReport:
+        self.engine = self.loaded = None
+        return UnloadReport()
+
+    def check(self) -> None: ...
+
+    failure = None
 
     def opened(self, news: Opened) -> None:
         self._gates.open(news.num_open)

@@ -22,7 +22,9 @@ from tests.integration.node.tiny import CONTEXT_TOKENS, Tiny, change_config, mak
 
 from flashserve.errors import ContextLengthError, UnsupportedModelError
 from flashserve.messages.events import Evicted, ReplicaFailed, ReplicaStopped, Staged
+from flashserve.messages.work import LoadReport, UnloadReport
 from flashserve.node.agent import Agent
+from flashserve.node.channel import Channel
 from flashserve.types import ReplicaId, Tier
 
 
@@ -105,6 +107,35 @@ def test_a_model_in_the_place_of_an_evicted_one_answers_for_itself(
             bench.evict(model.spec)
             await bench.events.next(Evicted, model_id=model.spec.model_id)
         assert (await bench.node.stats()).dram.used == 0
+
+    live.run(check())
+
+
+def test_a_model_that_starts_again_is_not_built_again(
+    live: Live, tiny: Tiny, other: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, reports = live.bench, []
+    call = Channel.call
+
+    async def noting(self: Channel, *args: object, **options: object) -> object:
+        answer = await call(self, *args, **options)  # type: ignore[arg-type]
+        reports.append(answer)
+        return answer
+
+    monkeypatch.setattr(Channel, "call", noting)
+
+    async def check() -> None:
+        for turn, model in enumerate((tiny, other, tiny, other)):
+            replica = f"{model.spec.model_id}#again{turn}"
+            await bench.started(replica, model.spec)
+            assert await bench.tokens(replica, job("s", 12)) == model.greedy([1, 2, 3], 12)
+            await stopped(bench, replica, model)
+            bench.evict(model.spec)
+            await bench.events.next(Evicted, model_id=model.spec.model_id)
+        loads = [report.was_asleep for report in reports if isinstance(report, LoadReport)]
+        unloads = [set(report.asleep) for report in reports if isinstance(report, UnloadReport)]
+        assert loads[2:] == [True, True]
+        assert unloads[-1] == {"tiny", "other"}
 
     live.run(check())
 

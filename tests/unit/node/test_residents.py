@@ -9,7 +9,7 @@ from flashserve.engine.selfcheck import CheckKey, SelfCheck
 from flashserve.errors import CheckpointError, ConflictError, SelfCheckError, UnavailableError
 from flashserve.node.residents import Residents
 from flashserve.store.device.regions import RegisteredArena
-from flashserve.types import TensorSlice
+from flashserve.types import ModelId, TensorSlice
 
 torch.set_num_threads(1)
 
@@ -20,12 +20,12 @@ KEY = CheckKey("checkpoint", "device", "torch.float32", "libraries")
 class Worker:
     """A worker with one linear layer that any arena offset can hold."""
 
-    def __init__(self, **fail_at: int) -> None:
+    def __init__(self, max_asleep: int = 8, **fail_at: int) -> None:
         self.arena = FakeArena(4096)
         self.put(WEIGHT)
         self.device = FakeDevice(**fail_at)
         registered = RegisteredArena(self.device, self.arena.address, self.arena.num_bytes)
-        self.residents = Residents(self.device, registered)
+        self.residents = Residents(self.device, registered, max_asleep)
         self.num_built = 0
 
     def put(self, tensor: TensorSlice) -> None:
@@ -57,7 +57,7 @@ def test_the_model_that_slept_wakes_without_being_built_again():
     worker.device.synchronize()
     expected, address = first.weight.clone(), first.weight.data_ptr()
     assert worker.residents.sleep() == worker.device.regions[0].num_bytes
-    assert (worker.residents.asleep, worker.device.mapped_bytes) == ("a", 0)
+    assert (worker.residents.asleep, worker.device.mapped_bytes) == (("a",), 0)
     there = dataclasses.replace(WEIGHT, offset=1024)
     worker.put(there)
     worker.put(WEIGHT)
@@ -79,12 +79,22 @@ def test_copies_run_while_the_module_is_made_and_are_started_once(monkeypatch):
     assert (seen, len(worker.device.copies)) == ([1], 2)
 
 
-def test_another_model_takes_the_place_of_the_one_that_slept():
-    worker = Worker()
-    first = worker.take("a")
+def test_models_sleep_beside_the_one_that_is_awake_and_the_longest_asleep_go():
+    worker = Worker(max_asleep=2)
+    models = {}
+    for key in "abc":
+        models[key] = worker.take(key)
+        worker.residents.sleep(ModelId(f"model {key}"))
+    assert worker.residents.asleep == ("b", "c")
+    assert worker.residents.asleep_ids == ("model b", "model c")
+    assert (len(worker.device.regions), worker.device.mapped_bytes) == (2, 0)
+    assert worker.take("b") is models["b"]
+    assert worker.residents.asleep == ("c",)
     worker.residents.sleep()
-    assert worker.take("b") is not first
-    assert (worker.num_built, len(worker.device.regions)) == (2, 1)
+    assert worker.take("a") is not models["a"]
+    assert worker.num_built == 4
+    worker.residents.close()
+    assert (worker.device.regions, worker.residents.asleep) == ([], ())
 
 
 def test_an_awake_model_is_not_replaced():
@@ -133,5 +143,5 @@ def test_a_load_that_fails_leaves_nothing(failing, monkeypatch):
     with pytest.raises((UnavailableError, CheckpointError)):
         worker.take()
     assert worker.device.regions == []
-    assert worker.residents.asleep is None
+    assert worker.residents.asleep == ()
     assert worker.residents.sleep() == 0

@@ -8,7 +8,14 @@ from typing import ClassVar
 
 import pytest
 
-from flashserve.errors import CheckpointError, FlashServeError, InputError, WireError
+from flashserve.errors import (
+    CheckpointError,
+    FlashServeError,
+    InputError,
+    InternalError,
+    SelfCheckError,
+    WireError,
+)
 from flashserve.messages import wire
 from flashserve.messages.wire import Call, Cancel, Credit, End, Fault, Frame, Item, Notice, Reply
 from flashserve.messages.work import (
@@ -17,9 +24,11 @@ from flashserve.messages.work import (
     LoadModel,
     LoadReport,
     ModelDescription,
+    ModelLost,
     Opened,
     Prepare,
     TokenBatch,
+    UnloadReport,
     WorkerReady,
     WorkerStats,
 )
@@ -65,6 +74,7 @@ class Engine:
         self.jobs: dict[str, list[int]] = {}
         self.fails_at_step = -1
         self.is_broken = False
+        self.step_error: FlashServeError | None = None
         self._num_steps = 0
 
     @property
@@ -92,6 +102,8 @@ class Engine:
         self._num_steps += 1
         if self._num_steps == self.fails_at_step:
             raise MemoryError("no memory")
+        if self.step_error is not None:
+            raise self.step_error
         outputs = []
         for sequence_id, (index, end) in list(self.jobs.items()):
             is_last = index + 1 == end
@@ -110,6 +122,9 @@ class Host:
         self.num_unloads = 0
         self.load_error: Exception | None = None
         self.num_open = 0
+        self.num_checks = 0
+        self.check_error: SelfCheckError | None = None
+        self.failure: FlashServeError | None = None
         self.arrival_error: FlashServeError | None = None
 
     def load(self, order: LoadModel) -> LoadReport:
@@ -118,9 +133,19 @@ class Host:
         self.engine = Engine()
         return LoadReport(0.5, 0.25, self.engine.kv_usage())
 
-    def unload(self) -> None:
+    def unload(self) -> UnloadReport:
         self.engine = None
         self.num_unloads += 1
+        return UnloadReport((ModelId("m"),))
+
+    @property
+    def loaded(self) -> LoadModel | None:
+        return LoadModel(ModelId("m"), {}, {}, ()) if self.engine is not None else None
+
+    def check(self) -> None:
+        self.num_checks += 1
+        if self.check_error is not None:
+            raise self.check_error
 
     def opened(self, news: Opened) -> None:
         self.num_open = news.num_open
@@ -241,6 +266,7 @@ def test_load_describe_stats_and_unload_are_answered() -> None:
     assert wire.unpack(answers[1], LoadReport).device_s == 0.5
     assert wire.unpack(answers[2], ModelDescription).architecture == "Some"
     assert wire.unpack(answers[3], WorkerStats).kv.total == 10
+    assert wire.unpack(answers[4], UnloadReport).asleep == ("m",)
     assert wire.unpack(answers[5], WorkerStats).kv.total == 0
 
 
@@ -293,6 +319,40 @@ def test_a_failing_step_ends_its_sequences_and_the_engine_goes_on() -> None:
     assert [fault.id for fault in faults] == [1, 2]
     assert "MemoryError: no memory" in faults[0].message
     assert indices(items(link, 3)) == [0]
+
+
+def test_a_model_is_checked_behind_the_tokens_that_it_has_sent() -> None:
+    host = Host(Engine())
+    link = serve(host, [], [generate(1, 2)], [], [])
+    assert host.num_checks == 2
+    assert indices(items(link, 1)) == [0, 1]
+
+
+def lost_model(host: Host, code: str) -> None:
+    """The next step's sequences end behind word that the model is gone, and the loop goes on."""
+    link = serve(host, [generate(1, 9), generate(2, 9)], [], [Call(3, "load", LOAD)], [])
+    lost, *faults = [frame for frame in link.sent if isinstance(frame, Notice | Fault)][1:]
+    assert isinstance(lost, Notice)
+    found = wire.unpack(lost.body, ModelLost)
+    assert (lost.method, found.model_id, found.code) == ("lost", "m", code)
+    assert [(type(fault), fault.id, fault.code) for fault in faults] == [  # type: ignore[union-attr]
+        (Fault, 1, code),
+        (Fault, 2, code),
+    ]
+    assert host.num_unloads == 1
+    assert isinstance(link.sent[-1], Reply)
+
+
+def test_a_model_that_computes_something_else_is_given_up() -> None:
+    host = Host(Engine())
+    host.check_error = SelfCheckError("it differs")
+    lost_model(host, "self_check_failed")
+
+
+def test_a_model_whose_bytes_cannot_be_copied_is_given_up() -> None:
+    host = Host(engine := Engine())
+    engine.step_error = host.failure = InternalError("no copy today")
+    lost_model(host, "internal_error")
 
 
 def test_an_engine_that_cannot_be_emptied_ends_the_worker() -> None:

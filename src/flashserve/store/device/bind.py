@@ -100,6 +100,25 @@ def bind_arriving(
     return Pending((max(group_of[piece.name] for piece in pieces), copy) for pieces, copy in copies)
 
 
+def unbind(model: nn.Module) -> None:
+    """Undoes `bind`: no view of the arena and no copy of it is left in `model`.
+
+    Buffers that were computed stay. Binding it again gives it weights again.
+    """
+    empty: dict[int, nn.Parameter] = {}  # tied weights stay tied
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) not in empty:
+                bare = torch.empty_like(parameter, device="meta")
+                empty[id(parameter)] = nn.Parameter(bare, parameter.requires_grad)
+            setattr(module, name, empty[id(parameter)])
+    stored = set(model.state_dict())
+    for name, buffer in list(model.named_buffers()):
+        if name in stored:
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, torch.empty_like(buffer, device="meta"))
+
+
 _Copies = list[tuple[tuple[TensorSlice, ...], Callable[[], None]]]
 
 

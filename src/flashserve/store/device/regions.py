@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import Protocol
+
+import numpy as np
 
 from flashserve.errors import UnavailableError
 
 PIECE_BYTES = 1 << 30
 """One registration. A single one of hundreds of GiB fails, and long ones disturb serving."""
+
+
+def address_of(mapping: mmap.mmap) -> int:
+    """Where a mapping lies in this process, for as long as somebody keeps it."""
+    return int(np.frombuffer(mapping, np.uint8).ctypes.data)
 
 
 class Registrar(Protocol):

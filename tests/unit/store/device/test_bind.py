@@ -15,7 +15,7 @@ import transformers
 
 from flashserve.errors import CheckpointError, UnsupportedModelError
 from flashserve.store.checkpoint.layout import read_layout
-from flashserve.store.device.bind import bind, match
+from flashserve.store.device.bind import bind, match, unbind
 from flashserve.store.dram.arena import attach
 from flashserve.types import TensorSlice
 
@@ -124,6 +124,29 @@ def test_a_bound_model_equals_from_pretrained(tmp_path, name, dtype):
     ids = torch.arange(20).reshape(1, 20)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, expected(ids).logits)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_unbound_model_holds_nothing_and_can_be_bound_elsewhere(tmp_path, name, dtype):
+    save(CONFIGS[name](), tmp_path)
+    expected = reference(tmp_path, dtype=dtype)
+    ids = torch.arange(20).reshape(1, 20)
+    model = skeleton(tmp_path)
+    for start in (0, 4096):
+        mapped = Mapped(tmp_path, start)
+        bind(model, mapped.tensors, mapped.mapping, dtype)
+        found = dict(everything(model))
+        for key, value in expected.named_parameters(remove_duplicate=False):
+            assert torch.equal(found[key], value), key
+            assert found[key].requires_grad == value.requires_grad
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, expected(ids).logits)
+        unbind(model)
+        del found
+        assert all(value.is_meta for value in model.parameters())
+        assert not any(mapped.holds(value) for _, value in everything(model) if not value.is_meta)
+        mapped.mapping.close()  # would raise while a view is left
 
 
 @pytest.mark.parametrize("tied", [True, False])
