@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,9 +53,12 @@ def load_model(
         UnsupportedModelError: transformers cannot build the model.
         UnavailableError: there is no memory for it now.
     """
+    # Takes seconds in a new process, in which the bytes can come. They are waited for here, because
+    # this thread can be interrupted.
+    threading.Thread(target=_import_builder, name="load-model-import").start()
+    mapped = _open(source, data_dir)
     from flashserve.pretrained import build
 
-    mapped = _open(source, data_dir)
     name = os.fspath(source)
     return build(mapped, name if _is_directory(name) else mapped.grant.directory, dtype)
 
@@ -98,6 +102,11 @@ def _open(source: str | os.PathLike[str], data_dir: str | os.PathLike[str] | Non
     finally:
         store.close()
     return MappedModel(copy, None)
+
+
+def _import_builder() -> None:
+    with contextlib.suppress(ImportError):  # whoever needs it says so
+        import flashserve.pretrained  # noqa: F401
 
 
 def _is_directory(name: str) -> bool:

@@ -216,7 +216,7 @@ class Node:
             self.store,
             self.data_dir,
             lambda: self.models,
-            StoreSettings(handout_bytes=64 << 20),
+            StoreSettings(handout_bytes=64 << 20, handout_keep_s=0),
         )
         self._loop.call_soon_threadsafe(self.handout.start)
         return self

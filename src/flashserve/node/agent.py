@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -142,9 +142,11 @@ class Agent:
         return await describe(snapshot, lowest_tier, self._pool)
 
     async def stats(self) -> NodeStats:
-        models = dict(self._models)
+        others = self._handout.leases()
+        handed = {id_: model for id_, model in self.deployed().items() if model.source in others}
+        models = {**handed, **self._models}
         # Not in the queue's threads: those may all be busy with what somebody wants to watch.
-        residences = await asyncio.to_thread(_residences, self._store, models)
+        residences = await asyncio.to_thread(_residences, self._store, models, others)
         report = await asyncio.to_thread(self._store.report)
         return NodeStats(self._store.usage(), residences, await self._replica_stats(), report)
 
@@ -351,13 +353,17 @@ class Agent:
         task.add_done_callback(self._tasks.discard)
 
 
-def _residences(store: Store, models: dict[ModelId, ModelSpec]) -> dict[ModelId, ModelResidence]:
+def _residences(
+    store: Store, models: dict[ModelId, ModelSpec], others: Mapping[str, int]
+) -> dict[ModelId, ModelResidence]:
+    """others: how many processes that are no workers have a copy, by source."""
     residents = store.residents()
     found: dict[ModelId, ModelResidence] = {}
     for model_id, model in models.items():
         at = residents.get(model_id)
-        held = (at.dram_bytes, at.disk_bytes, at.num_leases) if at else (0, 0, 0)
-        found[model_id] = ModelResidence(store.tier(model), *held)
+        dram, disk, leases = (at.dram_bytes, at.disk_bytes, at.num_leases) if at else (0, 0, 0)
+        leases += others.get(model.source, 0)
+        found[model_id] = ModelResidence(store.tier(model), dram, disk, leases)
     return found
 
 

@@ -33,7 +33,8 @@ class ModelResidence:
     """Where a model's bytes are on a node, replicas apart.
 
     dram_bytes and disk_bytes: what it takes of the arena and of the disk tier, alone or with
-    others; num_leases: how many replicas and readers keep its bytes in DRAM.
+    others; num_leases: how many replicas and readers keep its bytes in DRAM, and other processes
+    their copy of them.
     """
 
     tier: Tier

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import structlog
 
@@ -42,6 +42,10 @@ class HandoutSocket:
             settings.store,
         )
         self._handout.start()
+
+    def leases(self) -> Mapping[str, int]:
+        """How many other processes have or wait for a model, by the uri of its source."""
+        return {} if self._listener is None else self._handout.leases()
 
     async def close(self) -> None:
         """Before the store is closed."""

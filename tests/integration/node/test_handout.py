@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import json
 import mmap
 import os
 import pathlib
@@ -12,18 +13,28 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
+from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.numpy
-from tests.integration.node.nodes import MIB, Bench, fake_model, make_settings, run, running_agent
+from tests.integration.node.nodes import (
+    MIB,
+    TIMEOUT_S,
+    Bench,
+    fake_model,
+    make_settings,
+    run,
+    running_agent,
+)
 
 from flashserve import open_snapshot
 from flashserve.config import Settings
 from flashserve.errors import FlashServeError, ModelTooLargeError, SourceError, UnavailableError
 from flashserve.messages import wire
-from flashserve.messages.events import Staged
+from flashserve.messages.events import Evicted, Staged
 from flashserve.messages.handout import MAX_REQUEST_BYTES
 from flashserve.store.handout.client import fetch, socket_path
 from flashserve.store.handout.server import Handout
@@ -51,9 +62,13 @@ def make_model(directory: pathlib.Path, name: str, value: int = 1) -> ModelSpec:
     return spec
 
 
+def with_store(settings: Settings, **store: Any) -> Settings:
+    return settings.model_copy(update={"store": settings.store.model_copy(update=store)})
+
+
 @contextlib.asynccontextmanager
-async def node(settings: Settings) -> AsyncIterator[tuple[Bench, Handout]]:
-    async with running_agent(settings) as bench:
+async def node(settings: Settings, keep_s: float = 0.0) -> AsyncIterator[tuple[Bench, Handout]]:
+    async with running_agent(with_store(settings, handout_keep_s=keep_s)) as bench:
         yield bench, bench.agent._handout._handout
 
 
@@ -247,9 +262,7 @@ def test_what_cannot_be_had_is_one_line(tmp_path):
 
 def test_memory_for_copies_is_bounded(tmp_path):
     async def check() -> None:
-        settings = make_settings(tmp_path / "data")
-        store = settings.store.model_copy(update={"handout_bytes": 3 * MIB})
-        settings = settings.model_copy(update={"store": store})
+        settings = with_store(make_settings(tmp_path / "data"), handout_bytes=3 * MIB)
         async with node(settings) as (bench, handout):
             first, second = make_model(tmp_path, "a"), make_model(tmp_path, "b")
             huge = fake_model(tmp_path, "huge", 5 * MIB)
@@ -263,6 +276,153 @@ def test_memory_for_copies_is_bounded(tmp_path):
             sock.close()
             await bench.until(lambda: not handout.copied_bytes)
             assert await opened(second.source, settings.data_dir) == 100_000
+
+    run(check())
+
+
+async def inode(source: str, data_dir: pathlib.Path) -> int:
+    """Which memory somebody gets who takes a model and leaves again."""
+    copy, sock = await asyncio.to_thread(fetch, socket_path(data_dir), source)
+    with sock:
+        number = os.fstat(copy.fd).st_ino
+        copy.close()
+    return number
+
+
+def test_a_copy_that_nobody_holds_is_there_for_the_next_until_others_need_its_room(tmp_path):
+    async def check() -> None:
+        settings = with_store(make_settings(tmp_path / "data"), handout_bytes=5 * MIB)
+        models = [make_model(tmp_path, name, value) for value, name in enumerate("abc", 1)]
+        async with node(settings, keep_s=3600.0) as (bench, handout):
+
+            async def take(model: ModelSpec) -> int:
+                number = await inode(model.source, settings.data_dir)
+                await bench.until(lambda: not handout.num_clients)
+                return number
+
+            first, second = await take(models[0]), await take(models[1])
+            assert (await take(models[0]), await take(models[1])) == (first, second)
+            await take(models[0])  # so that b is the one that has waited longest
+            assert handout.copied_bytes == 4 * MIB
+            await take(models[2])
+            assert handout.copied_bytes == 4 * MIB
+            assert await take(models[0]) == first
+            assert await take(models[1]) != second
+            assert not any(handout.leases().values())
+
+    run(check())
+
+
+def test_a_copy_that_nobody_holds_goes_after_a_while(tmp_path):
+    async def check() -> None:
+        settings = make_settings(tmp_path / "data")
+        async with node(settings, keep_s=0.001) as (bench, handout):
+            await inode(make_model(tmp_path, "m").source, settings.data_dir)
+            await bench.until(lambda: not handout.copied_bytes)
+
+    run(check())
+
+
+def test_a_source_that_changed_is_not_answered_with_the_copy_of_before(tmp_path):
+    async def check() -> None:
+        settings = make_settings(tmp_path / "data")
+        async with node(settings, keep_s=3600.0):
+            model = make_model(tmp_path, "m")
+            assert await opened(model.source, settings.data_dir) == 100_000
+            weights = {"weight": np.full(100_000, 2, np.uint8)}
+            safetensors.numpy.save_file(weights, pathlib.Path(model.source) / "model.safetensors")
+            assert await opened(model.source, settings.data_dir) == 200_000
+
+    run(check())
+
+
+RATE_BYTES_PER_S = 16 * MIB
+
+
+def slow_node(data_dir: pathlib.Path) -> Settings:
+    settings = make_settings(data_dir, arena_bytes=2048 * MIB)  # of which little is touched
+    return with_store(settings, disk_bytes_per_s=RATE_BYTES_PER_S, disk_threads=2)
+
+
+def hollow_model(directory: pathlib.Path, num_bytes: int) -> ModelSpec:
+    """Zeros that take no room on disk."""
+    spec = fake_model(directory, "hollow")
+    header = {"weight": {"dtype": "U8", "shape": [num_bytes], "data_offsets": [0, num_bytes]}}
+    encoded = json.dumps(header).encode()
+    with (pathlib.Path(spec.source) / "model.safetensors").open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + num_bytes)
+    return spec
+
+
+def reading_threads() -> list[str]:
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name.startswith(("store-read", "store-fill"))]
+
+
+def test_a_read_for_a_process_that_was_killed_stops_and_gives_its_memory_back(tmp_path):
+    async def check() -> None:
+        settings = slow_node(tmp_path / "data")
+        model = hollow_model(tmp_path, int(RATE_BYTES_PER_S * 2 * TIMEOUT_S))  # it would go on
+        async with node(settings) as (bench, handout):
+            client = Client(model.source, settings.data_dir)
+            try:
+                await bench.until(lambda: len(reading_threads()) > 1)
+                assert handout.leases() == {model.source: 1}
+            finally:
+                client.kill()
+            await bench.until(lambda: not handout.num_clients)
+            await bench.until(lambda: not handout.copied_bytes)
+            assert not reading_threads()
+
+    run(check())
+
+
+def test_a_read_goes_on_when_one_of_two_who_wait_for_it_leaves(tmp_path):
+    async def check() -> None:
+        settings = slow_node(tmp_path / "data")
+        model = hollow_model(tmp_path, RATE_BYTES_PER_S)
+        async with node(settings) as (bench, handout):
+            clients = [Client(model.source, settings.data_dir) for _ in range(2)]
+            try:
+                await bench.until(lambda: handout.leases() == {model.source: 2})
+                clients[0].kill()
+                assert await clients[1].line() == "0"
+                assert handout.leases() == {model.source: 1}
+                assert await clients[1].end() == 0
+            finally:
+                for client in clients:
+                    client.kill()
+
+    run(check())
+
+
+def test_stats_count_who_holds_a_model_and_evicting_it_leaves_them_theirs(tmp_path):
+    async def check() -> None:
+        settings = make_settings(tmp_path / "data")
+        async with node(settings) as (bench, handout):
+            staged, cold = make_model(tmp_path, "staged", 1), make_model(tmp_path, "cold", 2)
+            bench.agent.deployed = lambda: {cold.model_id: cold}
+            bench.stage(staged)
+            await bench.events.next(Staged, model_id=staged.model_id)
+
+            async def leases() -> dict[str, int]:
+                stats = await bench.agent.stats()
+                return {name: residence.num_leases for name, residence in stats.models.items()}
+
+            assert await leases() == {"staged": 0}
+            clients = [Client(source, settings.data_dir) for source in ("staged", "cold")]
+            try:
+                assert [await client.line() for client in clients] == ["100000", "200000"]
+                assert await leases() == {"staged": 1, "cold": 1}
+                bench.evict(staged)
+                await bench.events.next(Evicted, model_id=staged.model_id)
+                assert bench.agent._store.usage().used == 0
+                assert [await client.end() for client in clients] == [100_000, 200_000]
+                await bench.until(lambda: not handout.num_clients)
+            finally:
+                for client in clients:
+                    client.kill()
 
     run(check())
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from flashserve.config import StoreSettings
 from flashserve.messages.handout import HandoutGrant
+from flashserve.store.arrival import Arrival
 from flashserve.store.dram.arena import Arena
 from flashserve.store.store import Lease, Store
-from flashserve.types import ModelId, ModelSpec, Tier
+from flashserve.types import ModelId, ModelSpec
 
 _MODEL = ModelId("copy")
 
@@ -35,17 +36,19 @@ def reading_store(data_dir: Path, settings: StoreSettings) -> Store:
     return Store(data_dir, _physical_bytes(), prefault=False, settings=once)
 
 
-def read_copy(store: Store, uri: str) -> ModelCopy:
+def read_copy(
+    store: Store, uri: str, wait: Callable[[Arrival], object] = Arrival.wait
+) -> ModelCopy:
     """Reads a checkpoint from its source into the arena of a store that holds nothing else.
 
-    The copy outlives the store.
+    The copy outlives the store. `wait` returns when the bytes are there; what it raises ends all.
 
     Raises:
         DeployError: the source cannot be read, or is larger than this machine's memory.
         UnavailableError: there is no room for it, or the store was closed.
     """
-    store.stage(ModelSpec(_MODEL, uri, 0), Tier.DRAM)
-    with store.lease(_MODEL) as lease:
+    with store.hold(ModelSpec(_MODEL, uri, 0)) as lease:
+        wait(lease.arrival)
         # In an arena that holds nothing else, files lie one after another.
         begin = lease.offset
         grant = _grant(lease, begin, lease.num_bytes, lambda offset: offset - begin)

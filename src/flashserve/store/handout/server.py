@@ -2,7 +2,7 @@
 
 Each model is copied once into a sealed memfd of its own, which everybody who asks shares; the
 arena's descriptor never leaves. A client's lease is its open connection: the kernel ends it when
-the client does, and the memory goes with the last of them.
+the client does, also while it waits. The memory goes some seconds after the last of them.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import dataclasses
-import itertools
 import os
 import socket
 import struct
@@ -22,23 +20,17 @@ from typing import TypeVar
 import structlog
 
 from flashserve.config import StoreSettings
-from flashserve.errors import (
-    ConflictError,
-    FlashServeError,
-    InternalError,
-    ModelTooLargeError,
-    SourceError,
-    UnavailableError,
-    WireError,
-)
+from flashserve.errors import FlashServeError, SourceError, UnavailableError, WireError
 from flashserve.messages import wire
 from flashserve.messages.handout import MAX_REQUEST_BYTES, METHOD, HandoutRequest
 from flashserve.store.checkpoint.files import one_line, shown
 from flashserve.store.checkpoint.snapshot import Snapshot
-from flashserve.store.handout.copies import ModelCopy, copy_lease, read_copy, reading_store
-from flashserve.store.sources.source import open_source, scheme_of
-from flashserve.store.store import Lease, Store
-from flashserve.types import ModelId, ModelSpec, Tier
+from flashserve.store.handout.copies import ModelCopy
+from flashserve.store.handout.kept import KeptCopies
+from flashserve.store.handout.making import CopyJob
+from flashserve.store.sources.source import scheme_of
+from flashserve.store.store import Store
+from flashserve.types import ModelId, ModelSpec
 
 _REQUEST_TIMEOUT_S = 5.0
 _ANSWER_TIMEOUT_S = 30.0
@@ -54,21 +46,13 @@ _Models = Mapping[ModelId, ModelSpec]
 _log = structlog.get_logger()
 
 
-@dataclasses.dataclass(slots=True, eq=False)
-class _Shared:
-    """One model's copy, there or being made; num_users connections want or have it."""
-
-    num_bytes: int
-    making: asyncio.Task[ModelCopy]
-    num_users: int = 0
-
-
 class Handout:
     """Serves `listener` from `start` to `close`, on the running event loop.
 
     Args:
         models: what the node knows, by name; asked anew for each request.
-        settings: for what is read past the node's store; handout_bytes bounds all copies.
+        settings: for what is read past the node's store; handout_bytes bounds all copies,
+            handout_keep_s is how long one without users stays.
     """
 
     def __init__(
@@ -85,25 +69,24 @@ class Handout:
         self._data_dir = data_dir
         self._models = models
         self._settings = settings
-        self._max_bytes = settings.handout_bytes
-        # By the identity of the content; an entry goes with its last user.
-        self._shared: dict[str, _Shared] = {}
-        # Reading may take minutes, in threads that nobody else waits for.
+        # Also what reads sources, which may take minutes: threads that nobody else waits for.
         self._executor = concurrent.futures.ThreadPoolExecutor(_NUM_THREADS, "handout")
+        self._kept = KeptCopies(self._executor, settings.handout_bytes, settings.handout_keep_s)
         self._accepting: asyncio.Task[None] | None = None
         self._clients: set[asyncio.Task[None]] = set()
-        self._numbers = itertools.count()
-        self._making: set[asyncio.Task[ModelCopy]] = set()
-        self._reading: set[Store] = set()
 
     @property
     def copied_bytes(self) -> int:
         """Memory that copies take, or will when they are made."""
-        return sum(shared.num_bytes for shared in self._shared.values())
+        return self._kept.num_bytes
 
     @property
     def num_clients(self) -> int:
         return len(self._clients)
+
+    def leases(self) -> Mapping[str, int]:
+        """How many connections have or wait for a model, by the uri of its source."""
+        return self._kept.users()
 
     def start(self) -> None:
         self._accepting = asyncio.create_task(self._accept())
@@ -113,9 +96,8 @@ class Handout:
         tasks = [*self._clients, *([self._accepting] if self._accepting else [])]
         for task in tasks:
             task.cancel()
-        for store in tuple(self._reading):
-            await asyncio.to_thread(store.close)
-        await asyncio.gather(*tasks, *self._making, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._kept.close()
         self._executor.shutdown()
 
     async def _run(self, work: Callable[[], T]) -> T:
@@ -145,37 +127,34 @@ class Handout:
             except (OSError, WireError, TimeoutError) as error:
                 _log.warning("handout_refused", error=one_line(error) or "no request in time")
                 return
-            with contextlib.suppress(OSError, TimeoutError):  # the client is gone
-                try:
-                    async with self._copy(request.source) as copy:
-                        await _send(sock, wire.Reply(call_id, wire.pack(copy.grant)), copy.fd)
-                        await asyncio.get_running_loop().sock_recv(sock, 1)
-                except FlashServeError as error:
-                    await _send(sock, wire.Fault(call_id, error.code, error.message))
+            async with asyncio.TaskGroup() as group:
+                giving = group.create_task(self._give(sock, call_id, request.source))
+                await _left(sock)
+                giving.cancel()
+
+    async def _give(self, sock: socket.socket, call_id: int, source: str) -> None:
+        """Answers, and keeps what it gave until it is cancelled."""
+        with contextlib.suppress(OSError, TimeoutError):  # the client is gone
+            try:
+                async with self._copy(source) as copy:
+                    await _send(sock, wire.Reply(call_id, wire.pack(copy.grant)), copy.fd)
+                    await asyncio.Event().wait()
+            except FlashServeError as error:
+                await _send(sock, wire.Fault(call_id, error.code, error.message))
+                sock.shutdown(socket.SHUT_RDWR)
 
     @contextlib.asynccontextmanager
     async def _copy(self, source: str) -> AsyncIterator[ModelCopy]:
-        """The copy of a model, made unless it is there, and kept as long as the context lasts."""
         if len(self._clients) > _MAX_CLIENTS:
             raise UnavailableError(f"{_MAX_CLIENTS} other processes have models of this node")
         models = self._models()
         snapshot = await self._run(lambda: self._inspect(source, models))
-        shared = self._shared.get(snapshot.identity)
-        if shared is None:
-            self._check_room(snapshot)
-            shared = _Shared(
-                snapshot.arena_bytes, asyncio.create_task(self._make(snapshot, models))
-            )
-            self._shared[snapshot.identity] = shared
-            self._making.add(shared.making)
-        shared.num_users += 1
-        try:
-            yield await asyncio.shield(shared.making)
-        finally:
-            shared.num_users -= 1
-            if not shared.num_users:
-                del self._shared[snapshot.identity]
-                shared.making.add_done_callback(self._drop)
+
+        def make_job() -> CopyJob:
+            return CopyJob(snapshot, models, self._store, self._data_dir, self._settings)
+
+        async with self._kept.use(snapshot, make_job) as copy:
+            yield copy
 
     def _inspect(self, source: str, models: _Models) -> Snapshot:
         model = models.get(ModelId(source))
@@ -184,68 +163,6 @@ class Handout:
                 f"{shown(source)} is neither a directory nor a model that this node knows"
             )
         return self._store.inspect(source if model is None else model.source)
-
-    def _check_room(self, snapshot: Snapshot) -> None:
-        num_bytes, taken = snapshot.arena_bytes, self.copied_bytes
-        what = f"a copy of {snapshot.uri} takes {num_bytes} bytes"
-        if num_bytes > self._max_bytes:
-            raise ModelTooLargeError(
-                f"{what}, and all copies together may take {self._max_bytes}: raise "
-                "store.handout_bytes"
-            )
-        if taken + num_bytes > self._max_bytes:
-            raise UnavailableError(
-                f"{what}, and {taken} of {self._max_bytes} are taken by other processes: end one, "
-                "or raise store.handout_bytes"
-            )
-
-    async def _make(self, snapshot: Snapshot, models: _Models) -> ModelCopy:
-        try:
-            return await self._run(lambda: self._make_in_thread(snapshot, models))
-        except FlashServeError:
-            raise
-        except Exception as error:
-            _log.exception("handout_failed", source=snapshot.uri)
-            raise InternalError(f"the copy failed: {one_line(error)}") from error
-
-    def _make_in_thread(self, snapshot: Snapshot, models: _Models) -> ModelCopy:
-        """From the arena if the bytes are there, else from the source: the arena's room belongs
-        to who serves. What is remote passes through it, because the disk tier is behind it.
-        """
-        if lease := self._resident(snapshot.identity, models):
-            with lease:
-                return copy_lease(lease, self._store.arena)
-        if open_source(snapshot.uri, self._data_dir, self._settings).lowest_tier is Tier.REMOTE:
-            with contextlib.suppress(UnavailableError):  # it has no room now
-                return self._through_arena(snapshot.uri)
-        store = reading_store(self._data_dir, self._settings)
-        self._reading.add(store)
-        try:
-            return read_copy(store, snapshot.uri)
-        finally:
-            self._reading.discard(store)
-            store.close()
-
-    def _through_arena(self, uri: str) -> ModelCopy:
-        model = ModelSpec(ModelId(f"#handout-{next(self._numbers)}"), uri, 0)  # nobody's name
-        try:
-            self._store.stage(model, Tier.DRAM)
-            with self._store.lease(model.model_id) as lease:
-                return copy_lease(lease, self._store.arena)
-        finally:
-            self._store.forget(model.model_id)
-
-    def _resident(self, identity: str, models: _Models) -> Lease | None:
-        for model_id in models:
-            with contextlib.suppress(ConflictError):  # it is not in DRAM
-                if self._store.snapshot(model_id).identity == identity:
-                    return self._store.lease(model_id)
-        return None
-
-    def _drop(self, making: asyncio.Task[ModelCopy]) -> None:
-        self._making.discard(making)
-        if not making.cancelled() and making.exception() is None:
-            making.result().close()
 
 
 def _check_peer(sock: socket.socket) -> None:
@@ -266,6 +183,12 @@ async def _receive(sock: socket.socket) -> tuple[int, HandoutRequest]:
                 raise WireError(f"the first frame is no call of {METHOD}")
             return frame.id, wire.unpack(frame.body, HandoutRequest)
     raise WireError("the connection ended before its request")
+
+
+async def _left(sock: socket.socket) -> None:
+    """Returns when the client has closed its end, or says what it has no reason to."""
+    with contextlib.suppress(OSError):
+        await asyncio.get_running_loop().sock_recv(sock, 1)
 
 
 async def _send(sock: socket.socket, frame: wire.Frame, *fds: int) -> None:
