@@ -146,4 +146,6 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _cell(content: object) -> str:
+    if content is None:
+        return "-"
     return f"{content:.4g}" if isinstance(content, float) else str(content)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import httpx
 import msgspec
@@ -31,14 +31,15 @@ class Server:
 
 
 @contextlib.contextmanager
-def running_server(**settings: str) -> Iterator[Server]:
+def running_server(environ: Mapping[str, str] | None = None, **settings: str) -> Iterator[Server]:
     """A server with an empty data directory, stopped at the end.
 
-    settings: environment variables without their FLASHSERVE_ prefix, such as
+    environ: more environment variables; settings: those without their FLASHSERVE_ prefix, such as
     NODE__NUM_WORKERS="2".
     """
     with tempfile.TemporaryDirectory(prefix="fs-bench-") as data_dir:
-        env = {**os.environ, "FLASHSERVE_DATA_DIR": data_dir, "FLASHSERVE_LOG_LEVEL": "warning"}
+        env = {**os.environ, **(environ or {})}
+        env |= {"FLASHSERVE_DATA_DIR": data_dir, "FLASHSERVE_LOG_LEVEL": "warning"}
         env |= {f"FLASHSERVE_{name}": value for name, value in settings.items()}
         process = subprocess.Popen(
             [sys.executable, "-m", "flashserve.cli.main", "serve", "--port", "0"],
@@ -69,7 +70,7 @@ def _wait_until_listening(process: subprocess.Popen[str]) -> str:
     raise SystemExit("the server stopped before it listened")
 
 
-def deploy(server: Server, name: str, source: pathlib.Path, keep_alive_s: float) -> None:
+def deploy(server: Server, name: str, source: pathlib.Path | str, keep_alive_s: float) -> None:
     body = {"name": name, "source": str(source), "keep_alive_s": keep_alive_s}
     server.admin.post("/admin/v1/models", json=body).raise_for_status()
 
