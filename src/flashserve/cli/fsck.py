@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +12,7 @@ import typer
 
 from flashserve.cli import console
 from flashserve.cli.options import AsJson, settings_for
-from flashserve.errors import InputError
+from flashserve.errors import CatalogueError, InputError
 
 if TYPE_CHECKING:
     from flashserve.store.disk.fsck import FsckReport, Problem
@@ -47,6 +49,9 @@ def fsck(
             console.progressing(f"checking {root}") as progress,
         ):
             report = check(tier, None if no_repair else refetch, progress)
+            if num_stale := _sweep(settings.data_dir):
+                stale = f"small files of {num_stale} checkpoints, neither deployed nor on disk"
+                report = dataclasses.replace(report, removed=(*report.removed, stale))
     finally:
         tier.close()
     if as_json:
@@ -80,6 +85,27 @@ def as_object(report: FsckReport) -> dict[str, Any]:
         dataclasses.asdict(problem) | {"path": str(problem.path)} for problem in report.problems
     ]
     return dataclasses.asdict(report) | {"problems": problems, "is_clean": report.is_clean}
+
+
+def _sweep(data_dir: Path) -> int:
+    """How many directories of small files have gone; 0 where nobody knows what is deployed."""
+    from flashserve.live.catalogue import FILE_NAME, Catalogue
+    from flashserve.store.smallfiles import sweep
+
+    async def deployed() -> list[Path]:
+        catalogue = Catalogue(data_dir)
+        try:
+            await catalogue.open()
+            return [model.directory for model in await catalogue.models()]
+        finally:
+            await catalogue.close()
+
+    try:
+        in_use = asyncio.run(deployed()) if (data_dir / FILE_NAME).exists() else []
+    except CatalogueError as error:
+        sys.stderr.write(f"small files are left alone: {error.message}\n")
+        return 0
+    return sweep(data_dir, in_use)
 
 
 def _problem_line(problem: Problem) -> str:

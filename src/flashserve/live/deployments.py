@@ -17,6 +17,7 @@ from flashserve.live.runtime import Runtime
 from flashserve.live.text import ModelText, TextCache
 from flashserve.messages.events import ModelDeleted, ModelDeployed
 from flashserve.messages.work import ModelFacts
+from flashserve.store import smallfiles
 from flashserve.store.sources.source import check_allowed, scheme_of
 from flashserve.types import MODEL_NAME, ModelId, ModelSpec
 
@@ -28,10 +29,13 @@ _log = structlog.get_logger(__name__)
 class Deployments:
     """The catalogue's models in memory, and their tokenizers. Changes happen one at a time."""
 
-    def __init__(self, allowed: DeploySettings, runtime: Runtime, catalogue: Catalogue) -> None:
+    def __init__(
+        self, allowed: DeploySettings, runtime: Runtime, catalogue: Catalogue, data_dir: Path
+    ) -> None:
         self._allowed = allowed
         self._runtime = runtime
         self._catalogue = catalogue
+        self._data_dir = data_dir
         self._texts = TextCache()
         self._models: dict[ModelId, DeployedModel] = {}
         self._changing = asyncio.Lock()
@@ -41,6 +45,14 @@ class Deployments:
         for model in await self._catalogue.models():
             self._models[model.spec.model_id] = model
             await self._runtime.apply(ModelDeployed(model.spec))
+
+    async def sweep(self) -> None:
+        """Remove what is left of remote models that are deployed no more: their small files."""
+        in_use = [model.directory for model in self._models.values()]
+        try:
+            await asyncio.to_thread(smallfiles.sweep, self._data_dir, in_use)
+        except FlashServeError as error:
+            _log.warning("small files of deleted models stay", reason=error.message)
 
     async def preload(self) -> None:
         """Load the tokenizers of the latest deployments, so that no first request waits for one."""
@@ -107,6 +119,7 @@ class Deployments:
             await self._catalogue.delete(model_id)
             del self._models[model_id]
             await self._runtime.apply(ModelDeleted(model_id))
+            await self.sweep()
 
     async def _take_on(self, model: DeployedModel) -> None:
         """Durable first, then known to the controller."""

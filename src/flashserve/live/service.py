@@ -36,7 +36,7 @@ class Service:
         self.settings = settings
         self.draining = False
         self._runtime = runtime
-        self._deployments = Deployments(settings.deploy, runtime, catalogue)
+        self._deployments = Deployments(settings.deploy, runtime, catalogue, settings.data_dir)
         self._recorder = ArrivalRecorder(catalogue)
         self._generations: set[Generation] = set()
         self._is_idle = asyncio.Event()
@@ -46,6 +46,7 @@ class Service:
     async def start(self) -> None:
         """Bring every deployed model back, cold."""
         await self._deployments.restore()
+        await self._deployments.sweep()
         self._tasks = [
             asyncio.create_task(self._recorder.run(), name="arrivals"),
             asyncio.create_task(self._deployments.preload(), name="tokenizers"),

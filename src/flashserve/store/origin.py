@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
-import secrets
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from flashserve.config import StoreSettings
-from flashserve.errors import CheckpointError, ConflictError, FlashServeError, SourceError
+from flashserve.errors import CheckpointError, ConflictError, SourceError
 from flashserve.store.checkpoint.files import CheckpointFiles, DirectoryFiles, is_small
-from flashserve.store.checkpoint.listing import CHUNK_BYTES, FileReader, Listing, Source, SourceFile
+from flashserve.store.checkpoint.listing import FileReader, Listing, Source, SourceFile
 from flashserve.store.checkpoint.snapshot import Snapshot, read_snapshot
 from flashserve.store.disk.incoming import Incoming
-from flashserve.store.disk.manifest import Stored, key_of
+from flashserve.store.disk.manifest import Stored
 from flashserve.store.disk.tier import DiskTier
+from flashserve.store.nearby import Resumed, StoredFiles
 from flashserve.store.pipeline import FileLoad, load
+from flashserve.store.smallfiles import SmallFiles
 from flashserve.store.sources.listed import ListedFiles
 from flashserve.store.sources.local import DirectorySource
 from flashserve.store.sources.rate import RateLimit
@@ -67,6 +67,7 @@ class Origins:
     def __init__(self, data_dir: Path, settings: StoreSettings) -> None:
         self._data_dir = data_dir
         self._settings = settings
+        self._small = SmallFiles(data_dir)
         self._disk_limit = RateLimit(settings.disk_bytes_per_s)
         self.disk = _open_disk(data_dir / "store", settings)
 
@@ -122,7 +123,9 @@ class Origins:
         else:
             files = ListedFiles(origin.source, origin.listing, self._small_files(origin))
             if origin.stored is not None:
-                files = _StoredFiles(origin.stored.directory, files.directory)
+                files = StoredFiles(
+                    origin.stored, files.directory, functools.partial(self._chunk, origin)
+                )
         return read_snapshot(files, origin.listing.uri, origin.listing.identity)
 
     def known(self, file: SourceFile) -> dict[int, int]:
@@ -228,7 +231,7 @@ class Origins:
         else:
             reader = origin.source.open(file)
             if resumed and resumed[1]:
-                reader = _Resumed(reader, resumed[0], file, resumed[1])
+                reader = Resumed(reader, resumed[0], file, resumed[1])
             loaded = FileLoad(path, file.num_bytes, reader, memory, on_chunk)
         readers.callback(reader.close)
         return loaded
@@ -267,81 +270,23 @@ class Origins:
         return open_source(uri, self._data_dir, self._settings)
 
     def _small_files(self, origin: Origin) -> Path:
-        """A directory with config, tokenizer and the like of a remote checkpoint.
+        """A directory with config, tokenizer and the like of a remote checkpoint."""
+        return self._small.directory(
+            origin.listing,
+            lambda file: b"".join(
+                self._chunk(origin, file, index) for index in range(file.num_chunks)
+            ),
+        )
 
-        It stays where it is, whatever becomes of the weights on disk: tokenizers are read from it.
-        """
-        directory = self._data_dir / "snapshots" / key_of(origin.listing.identity)
-        if directory.is_dir():
-            return directory
-        directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        partial = directory.with_name(f".{secrets.token_hex(8)}.partial")
-        partial.mkdir(mode=0o700)
-        try:
-            for file in filter(lambda each: is_small(each.name), origin.listing.files):
-                data = bytearray(file.num_bytes)
-                reader = self._open(origin, file)
-                try:
-                    if data:
-                        reader.read(0, memoryview(data))
-                finally:
-                    reader.close()
-                (partial / file.name).write_bytes(data)
-            with contextlib.suppress(OSError):  # somebody else was faster, with the same bytes
-                partial.rename(directory)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        return directory
-
-    def _open(self, origin: Origin, file: SourceFile) -> FileReader:
-        if origin.stored is not None:
-            return LocalReader(origin.stored.directory, file, self._settings)
-        return origin.source.open(file)
-
-
-class _StoredFiles:
-    """A checkpoint of the disk tier; `directory` is where its small files stay for good."""
-
-    def __init__(self, stored: Path, directory: Path) -> None:
-        self.directory = directory
-        self.place = str(stored)
-        self._files = DirectoryFiles(stored)
-
-    def names(self) -> tuple[str, ...]:
-        return self._files.names()
-
-    def open(self, name: str) -> tuple[BinaryIO, int]:
-        return self._files.open(name)
-
-
-class _Resumed:
-    """Reads the chunks that are on disk already from there, and the others from their source."""
-
-    def __init__(
-        self, reader: FileReader, incoming: Incoming, file: SourceFile, done: dict[int, int]
-    ) -> None:
-        self.preferred_bytes = CHUNK_BYTES
-        self.preferred_threads = reader.preferred_threads
-        self._reader = reader
-        self._incoming = incoming
-        self._file = file
-        self._done = done
-
-    def read(self, begin: int, target: memoryview) -> None:
-        index = begin // CHUNK_BYTES
-        if index in self._done:
-            try:
-                self._incoming.read_chunk(self._file.name, index, target)
-            except FlashServeError as error:
-                _log.warning("%s; fetched again", error.message)
-                if index not in self._incoming.done(self._file.name):
-                    self._done.pop(index, None)
-            else:
-                return
-        self._reader.read(begin, target)
-
-    def close(self) -> None:
-        self._reader.close()
+    def _chunk(self, origin: Origin, file: SourceFile, index: int) -> bytes:
+        """From the nearest place, and right, as far as that is known."""
+        found: list[bytes] = []
+        with contextlib.ExitStack() as readers:
+            loaded = self.file_load(
+                origin, file, None, lambda _, data, __: found.append(bytes(data)), readers
+            )
+            load([loaded], [(0, index)], num_threads=1, stopping=threading.Event())
+        return found[0]
 
 
 def _open_disk(root: Path, settings: StoreSettings) -> DiskTier | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -17,9 +18,11 @@ import xxhash
 from tests.integration.store import objectstore
 
 from flashserve.config import StoreSettings
+from flashserve.live.catalogue import Catalogue, DeployedModel
 from flashserve.store.checkpoint.listing import CHUNK_BYTES
 from flashserve.store.disk.tier import DiskTier
 from flashserve.store.sources.source import open_source
+from flashserve.types import ModelId, ModelSpec, Tier
 
 URI = "s3://models/org/m"
 NUM_BYTES = 2 * CHUNK_BYTES + 4321
@@ -108,3 +111,30 @@ def test_a_source_that_holds_another_version_by_now_repairs_nothing(
     assert "changed since it was listed" in report["problems"][0]["what"]
     assert report["set_aside"] == [URI]
     assert not path.exists()
+
+
+def test_small_files_that_nobody_needs_any_more_go(bucket: Path, tmp_path: Path) -> None:
+    fetch(tmp_path)
+    (on_disk,) = (tmp_path / "store" / "checkpoints").iterdir()
+    for name in (on_disk.name, "0" * 32, "1" * 32):
+        (tmp_path / "snapshots" / name).mkdir(parents=True)
+        os.utime(tmp_path / "snapshots" / name, (0, 0))
+    deploy(tmp_path, tmp_path / "snapshots" / ("1" * 32))
+    code, report = run_fsck(tmp_path)
+    assert code == 0
+    assert report["removed"] == ["small files of 1 checkpoints, neither deployed nor on disk"]
+    left = {path.name for path in (tmp_path / "snapshots").iterdir()}
+    assert left == {on_disk.name, "1" * 32}
+
+
+def deploy(data_dir: Path, directory: Path) -> None:
+    """Has the catalogue say that a model with these small files is deployed."""
+
+    async def put() -> None:
+        catalogue = Catalogue(data_dir)
+        await catalogue.open()
+        spec = ModelSpec(ModelId("m"), "s3://models/org/other", 1, Tier.REMOTE)
+        await catalogue.put(DeployedModel(spec, "identity", directory, 1, 0.0))
+        await catalogue.close()
+
+    asyncio.run(put())
