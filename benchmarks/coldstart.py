@@ -118,6 +118,16 @@ def fill_page_cache(model_dir: pathlib.Path) -> None:
         path.read_bytes()
 
 
+def flip_a_bit(model_dir: pathlib.Path, bit: int) -> None:
+    """Changes the last weight of each file by next to nothing: a low bit of its bf16 mantissa."""
+    for path in model_dir.glob("*.safetensors"):
+        with path.open("r+b") as file:
+            file.seek(-2, os.SEEK_END)
+            (value,) = file.read(1)
+            file.seek(-2, os.SEEK_END)
+            file.write(bytes([value ^ 1 << bit]))
+
+
 def measure(bench: Bench, row: str, prompt_ids: list[int]) -> Sample:
     """Time to first token with the model brought to the row's tier beforehand."""
     if row not in TIERS:
@@ -130,10 +140,26 @@ def measure(bench: Bench, row: str, prompt_ids: list[int]) -> Sample:
     elif row == "disk, page cache":
         fill_page_cache(bench.model_dir)
     time.sleep(0.2)  # the clean-up of the round before is not part of this one
+    before = read_bytes(bench)
     ttft_s, receipt = stream_completion(bench.server, name, prompt_ids, max_tokens=2)
     if receipt["tier"] != TIERS[row]:
         raise SystemExit(f"row {row}: the receipt says {receipt['tier']}, not {TIERS[row]}")
+    check_reads(row, before, read_bytes(bench))
     return Sample(ttft_s, receipt)
+
+
+def read_bytes(bench: Bench) -> dict[str, int]:
+    """Bytes that the server ever read from each tier, as it counts them."""
+    (node,) = bench.server.admin.get("/admin/v1/tiers").raise_for_status().json()["data"]
+    return node["read_bytes"]
+
+
+def check_reads(row: str, before: Mapping[str, int], after: Mapping[str, int]) -> None:
+    """Ends the run unless the bytes came from the row's tier, and from no other."""
+    came_from = [tier for tier in after if after[tier] > before[tier]]
+    expected = [TIERS[row]] if TIERS[row] in after else []
+    if came_from != expected:
+        raise SystemExit(f"row {row}: bytes came from {came_from}, not from {expected}")
 
 
 def bring(bench: Bench, name: str, tier: str) -> None:
@@ -147,16 +173,17 @@ def bring(bench: Bench, name: str, tier: str) -> None:
 
 @contextlib.contextmanager
 def running(model_dir: pathlib.Path) -> Iterator[Bench]:
-    """`warm` and `remote` have the same files under other identities than `cold`, so that evicting
-    the bytes of one cannot touch those of another."""
-    with (
-        common.copy_of(model_dir) as warm_copy,
-        tempfile.TemporaryDirectory(prefix="fs-bench-") as root,
-    ):
-        shutil.copytree(model_dir, pathlib.Path(root) / BUCKET / "small")
+    """`cold`, and models that differ from it and from each other in one bit of each file: of equal
+    files the store would keep one, and a start would find bytes that were evicted."""
+    with tempfile.TemporaryDirectory(prefix="fs-bench-") as temporary:
+        root = pathlib.Path(temporary)
+        warm_copy, remote_copy = root / "warm", root / "s3" / BUCKET / "small"
+        for bit, copy in enumerate((warm_copy, remote_copy)):
+            shutil.copytree(model_dir, copy)
+            flip_a_bit(copy, bit)
         uri = f"s3://{BUCKET}/small"
         with (
-            objectstore.serve(pathlib.Path(root)) as s3_env,
+            objectstore.serve(root / "s3") as s3_env,
             bench_server.running_server(
                 s3_env, NODE__NUM_WORKERS="2", NODE__DRAM_BYTES="2GiB"
             ) as server,

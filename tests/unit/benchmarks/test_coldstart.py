@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import pathlib
+
+import pytest
+
 import coldstart
 from coldstart import PHASES, ROWS, Sample
 
@@ -41,3 +46,32 @@ def test_ratios_are_above_one_where_we_are_faster() -> None:
         "warm_over_dram_hit": 0.5,
         "warm_over_dram_hit_512": 0.5,
     }
+
+
+@pytest.mark.parametrize(
+    ("row", "remote", "disk", "is_right"),
+    [
+        ("dram", 0, 0, True),
+        ("dram", 0, 5, False),
+        ("disk, cold", 0, 5, True),
+        ("disk, cold", 0, 0, False),
+        ("s3", 5, 0, True),
+        ("s3", 0, 5, False),
+        ("s3", 5, 5, False),
+    ],
+)
+def test_a_row_whose_bytes_came_from_elsewhere_ends_the_run(
+    row: str, remote: int, disk: int, *, is_right: bool
+) -> None:
+    before, after = {"remote": 10, "disk": 20}, {"remote": 10 + remote, "disk": 20 + disk}
+    with contextlib.nullcontext() if is_right else pytest.raises(SystemExit, match=row):
+        coldstart.check_reads(row, before, after)
+
+
+def test_a_bit_changes_the_last_weight_alone(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"header" + bytes(4))
+    (tmp_path / "config.json").write_text("{}")
+    coldstart.flip_a_bit(tmp_path, 1)
+    assert path.read_bytes() == b"header\x00\x00\x02\x00"
+    assert (tmp_path / "config.json").read_text() == "{}"
