@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import msgspec
@@ -12,8 +13,8 @@ import msgspec
 from flashserve.errors import CheckpointError, UnsupportedModelError
 from flashserve.store.adapters.patterns import check, first_match
 from flashserve.store.checkpoint.files import CheckpointFiles, one_line, read_json, shown
+from flashserve.store.checkpoint.naming import ADAPTER_CONFIG_NAME, is_adapter, is_model
 
-CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
 DEFAULT_MAX_RANK = 128
 
@@ -81,12 +82,18 @@ class LoraConfig:
     use_rslora: bool
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
-    target_modules: tuple[str, ...] | str
-    exclude_modules: tuple[str, ...]
+    target_modules: frozenset[str] | str
+    exclude_modules: frozenset[str]
     layers_to_transform: frozenset[int] | None
     layers_pattern: tuple[str, ...]
     base_name: str
     """What it was trained on, in the words of its trainer."""
+
+    @property
+    def target_names(self) -> frozenset[str]:
+        """Its target modules, as far as they are listed by name."""
+        targets = self.target_modules
+        return frozenset() if isinstance(targets, str) else targets
 
     @property
     def max_rank(self) -> int:
@@ -106,14 +113,15 @@ class LoraConfig:
 
     def names(self, module: str) -> bool:
         """Whether its target modules say that it adapts a module of this name."""
-        if _is_named(module, self.exclude_modules):
+        if not self.exclude_modules.isdisjoint(ends(module)):
             return False
         if isinstance(self.target_modules, str):
             is_all_linear = self.target_modules.lower() == "all-linear"
-            return not (is_all_linear and _is_named(module, _OUTPUT_NAMES))
+            return not (is_all_linear and module.endswith(_OUTPUT_NAMES))
         if module in self.target_modules:
             return True
-        return _is_named(module, self.target_modules) and self._is_in_layers(module)
+        is_named = not self.target_modules.isdisjoint(ends(module))
+        return is_named and self._is_in_layers(module)
 
     def _is_in_layers(self, module: str) -> bool:
         if self.layers_to_transform is None:
@@ -134,14 +142,15 @@ def read_config(files: CheckpointFiles, max_rank: int = DEFAULT_MAX_RANK) -> Lor
         UnsupportedModelError: it asks for something that is not served exactly; names the field.
         SourceError: it cannot be had.
     """
-    raw = read_json(files, CONFIG_NAME, MAX_CONFIG_BYTES)
+    names = files.names()
+    if is_model(names) or ("config.json" in names and not is_adapter(names)):
+        raise CheckpointError(
+            f"{files.place} holds a model, not an adapter alone: flashserve deploy NAME SOURCE"
+        )
+    raw = read_json(files, ADAPTER_CONFIG_NAME, MAX_CONFIG_BYTES)
     if raw is None:
-        if "config.json" in files.names():
-            raise CheckpointError(
-                f"{files.place} holds a model, not an adapter: flashserve deploy NAME SOURCE"
-            )
-        raise CheckpointError(f"{files.place}/{CONFIG_NAME} is missing")
-    return parse_config(raw, f"{files.place}/{CONFIG_NAME}", max_rank)
+        raise CheckpointError(f"{files.place}/{ADAPTER_CONFIG_NAME} is missing")
+    return parse_config(raw, f"{files.place}/{ADAPTER_CONFIG_NAME}", max_rank)
 
 
 def parse_config(raw: dict[str, Any], path: str, max_rank: int = DEFAULT_MAX_RANK) -> LoraConfig:
@@ -161,7 +170,7 @@ def parse_config(raw: dict[str, Any], path: str, max_rank: int = DEFAULT_MAX_RAN
         raise CheckpointError(f"{path} cannot be used: {one_line(error)}") from None
     config = _config(fields)
     _check_patterns(config, path)
-    if config.target_modules in {(), ""}:
+    if not config.target_modules:
         raise CheckpointError(f"{path} names no target_modules")
     for name in config.layers_pattern:
         if not _PLAIN_NAME.fullmatch(name):
@@ -174,6 +183,13 @@ def parse_config(raw: dict[str, Any], path: str, max_rank: int = DEFAULT_MAX_RAN
             "engine.max_lora_rank"
         )
     return config
+
+
+def ends(module: str) -> Iterator[str]:
+    """A module's name, and what is left of it after each dot."""
+    while module:
+        yield module
+        module = module.partition(".")[2]
 
 
 def _refuse_variants(raw: dict[str, Any], path: str) -> None:
@@ -204,9 +220,9 @@ def _config(fields: _Raw) -> LoraConfig:
         use_rslora=bool(fields.use_rslora),
         rank_pattern=fields.rank_pattern or {},
         alpha_pattern=fields.alpha_pattern or {},
-        target_modules=() if targets is None else targets,
+        target_modules=targets if isinstance(targets, str) else frozenset(targets or ()),
         # A pattern is not evaluated: the weights say which modules it left out.
-        exclude_modules=excluded if isinstance(excluded, tuple) else (),
+        exclude_modules=frozenset(excluded if isinstance(excluded, tuple) else ()),
         layers_to_transform=frozenset(layers) if layers else None,
         layers_pattern=_names(fields.layers_pattern),
         base_name=fields.base_model_name_or_path or "",
@@ -230,7 +246,3 @@ def _check_patterns(config: LoraConfig, path: str) -> None:
             )
         for pattern, reason in check(patterns):
             raise UnsupportedModelError(f"{path} has {field} {shown(pattern)}, which {reason}")
-
-
-def _is_named(module: str, names: tuple[str, ...]) -> bool:
-    return any(module == name or module.endswith(f".{name}") for name in names)

@@ -19,25 +19,14 @@ from typing import Annotated, Any, BinaryIO
 import msgspec
 
 from flashserve.errors import CheckpointError
-from flashserve.store.checkpoint.files import (
-    MAX_FILES,
-    CheckpointFiles,
-    DirectoryFiles,
-    is_plain,
-    one_line,
-    read_json,
-    shown,
-)
+from flashserve.store.checkpoint.files import CheckpointFiles, DirectoryFiles, one_line, shown
+from flashserve.store.checkpoint.naming import WeightFiles, find_weights
 
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 32 << 20
-MAX_INDEX_BYTES = 32 << 20
 FILE_ALIGNMENT = 4096
 """Files lie so aligned in memory, one after another: O_DIRECT can read each into its place."""
 
 _LENGTH = struct.Struct("<Q")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 DTYPE_BITS: dict[str, int] = {
     **dict.fromkeys(("F4",), 4),
@@ -116,73 +105,27 @@ def read_layout(files: CheckpointFiles | Path) -> Layout:
     """
     if isinstance(files, Path):
         files = DirectoryFiles(files)
-    names, placed = _weights(files)
-    return _join(files, names, placed)
+    return _join(files, find_weights(files))
 
 
-def weight_names(files: CheckpointFiles) -> tuple[str, ...]:
-    """The names of the weight files, sorted: the single one, or those that the index names.
-
-    Raises:
-        CheckpointError, SourceError: as for `read_layout`.
-    """
-    return _weights(files)[0]
-
-
-def _weights(files: CheckpointFiles) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Names of the weight files, and which of them the index has each tensor in."""
-    names = files.names()
-    if SINGLE_NAME in names:
-        return (SINGLE_NAME,), {}
-    if INDEX_NAME in names:
-        placed = _read_index(files)
-        return tuple(sorted(set(placed.values()))), placed
-    pickles = [name for name in names if name.endswith(_PICKLES)]
-    if pickles:
-        raise CheckpointError(
-            f"{files.place} holds only pickled weights ({shown(pickles[0])}), which can run code "
-            "and are never loaded: convert them to safetensors"
-        )
-    raise CheckpointError(f"{files.place} holds neither {SINGLE_NAME} nor {INDEX_NAME}")
-
-
-def _read_index(files: CheckpointFiles) -> dict[str, str]:
-    """Tensor name to file name."""
-    path = f"{files.place}/{INDEX_NAME}"
-    index = read_json(files, INDEX_NAME, MAX_INDEX_BYTES) or {}
-    try:
-        placed = msgspec.convert(index.get("weight_map"), dict[str, str])
-    except msgspec.ValidationError as error:
-        raise CheckpointError(f"{path} has no valid weight_map: {one_line(error)}") from None
-    if not placed:
-        raise CheckpointError(f"{path} lists no tensor")
-    names = set(placed.values())
-    for name in sorted(names):
-        if not (name.endswith(".safetensors") and is_plain(name)):
-            raise CheckpointError(f"{path} names {shown(name)}, which is no shard of the directory")
-    if len(names) > MAX_FILES:
-        raise CheckpointError(f"{path} names {len(names)} shards; at most {MAX_FILES} are read")
-    return placed
-
-
-def _join(files: CheckpointFiles, names: tuple[str, ...], placed: dict[str, str]) -> Layout:
+def _join(files: CheckpointFiles, weights: WeightFiles) -> Layout:
     entries: list[FileEntry] = []
     tensors: dict[str, TensorEntry] = {}
-    for index, name in enumerate(names):
+    for index, name in enumerate(weights.names):
         num_bytes, found = _read_file(files, name, index)
         entries.append(FileEntry(name, num_bytes))
         for tensor in found:
-            if tensor.name in tensors or placed.get(tensor.name, name) != name:
+            if tensor.name in tensors or weights.placed.get(tensor.name, name) != name:
                 raise CheckpointError(
                     f"{files.place}/{name} holds tensor {shown(tensor.name)}, which belongs to "
                     "another shard"
                 )
             tensors[tensor.name] = tensor
-    for wanted, name in placed.items():
+    for wanted, name in weights.placed.items():
         if wanted not in tensors:
             raise CheckpointError(
-                f"{files.place}/{name} lacks tensor {shown(wanted)}, which {INDEX_NAME} places "
-                "there"
+                f"{files.place}/{name} lacks tensor {shown(wanted)}, which "
+                f"{weights.index_name} places there"
             )
     return Layout(tuple(entries), tuple(tensors.values()))
 

@@ -9,6 +9,7 @@ from typing import Any
 from flashserve.errors import CheckpointError, UnsupportedModelError
 from flashserve.store.checkpoint.files import CheckpointFiles, one_line, read_json
 from flashserve.store.checkpoint.layout import Layout, read_layout
+from flashserve.store.checkpoint.naming import is_adapter
 from flashserve.store.dram.arena import extent_bytes
 
 _MAX_TEMPLATE_BYTES = 1 << 20
@@ -56,6 +57,12 @@ def read_snapshot(files: CheckpointFiles, uri: str, identity: str) -> Snapshot:
         CheckpointError: a file is damaged or missing; one line that names it.
         UnsupportedModelError: the model needs Python code of its own.
     """
+    names = files.names()
+    if is_adapter(names):
+        raise CheckpointError(
+            f"{files.place} holds a LoRA adapter, not a model: flashserve adapter add BASE NAME "
+            "SOURCE"
+        )
     config = read_json(files, "config.json")
     if config is None:
         raise CheckpointError(f"{files.place}/config.json is missing")
@@ -71,7 +78,7 @@ def read_snapshot(files: CheckpointFiles, uri: str, identity: str) -> Snapshot:
         config=config,
         generation_config=read_json(files, "generation_config.json") or {},
         layout=read_layout(files),
-        has_tokenizer="tokenizer.json" in files.names(),
+        has_tokenizer="tokenizer.json" in names,
         chat_template=_read_chat_template(files),
     )
 

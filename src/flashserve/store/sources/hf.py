@@ -17,6 +17,7 @@ from flashserve.config import StoreSettings
 from flashserve.errors import CheckpointError, SourceError
 from flashserve.store.checkpoint.files import one_line, shown
 from flashserve.store.checkpoint.listing import FileReader, Listing, SourceFile
+from flashserve.store.checkpoint.naming import ADAPTER_CONFIG_NAME
 from flashserve.store.sources.connections import Place, is_protected
 from flashserve.store.sources.listed import select
 from flashserve.store.sources.local import list_directory
@@ -177,8 +178,11 @@ def _snapshot(repo: str, revision: str) -> Path | None:
     """Where the hub's cache keeps a revision, perhaps not all of it."""
     import huggingface_hub
 
-    path = huggingface_hub.try_to_load_from_cache(repo, "config.json", revision=revision)
-    return Path(path).parent if isinstance(path, str) else None
+    for name in ("config.json", ADAPTER_CONFIG_NAME):
+        path = huggingface_hub.try_to_load_from_cache(repo, name, revision=revision)
+        if isinstance(path, str):
+            return Path(path).parent
+    return None
 
 
 def _holds(snapshot: Path, files: tuple[SourceFile, ...]) -> bool:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from flashserve.errors import CheckpointError, SourceError
 from flashserve.store.checkpoint.files import MAX_FILES, MAX_SMALL_BYTES, is_plain, is_small, shown
-from flashserve.store.checkpoint.layout import weight_names
 from flashserve.store.checkpoint.listing import FileReader, Listing, Source, SourceFile
+from flashserve.store.checkpoint.naming import find_weights, small_names
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -53,10 +53,10 @@ def select(source: Source, uri: str, found: Iterable[SourceFile]) -> tuple[Sourc
     if len(files) > MAX_FILES:
         raise SourceError(f"{uri} holds {len(files)} files; a checkpoint has at most {MAX_FILES}")
     everything = Listing(uri, "", tuple(files.values()))
-    names = set(weight_names(ListedFiles(source, everything, Path())))
+    names = set(find_weights(ListedFiles(source, everything, Path())).names)
     if missing := sorted(names - files.keys()):
         raise CheckpointError(f"{uri}/{missing[0]} is missing")
-    for name in filter(is_small, files):
+    for name in small_names(files):
         if files[name].num_bytes > MAX_SMALL_BYTES:
             raise CheckpointError(
                 f"{uri}/{name} has {files[name].num_bytes} bytes; besides weights, at most "

@@ -21,8 +21,8 @@ from flashserve.store.checkpoint.files import (
     resolve_file,
     shown,
 )
-from flashserve.store.checkpoint.layout import weight_names
 from flashserve.store.checkpoint.listing import FileReader, Listing, SourceFile
+from flashserve.store.checkpoint.naming import find_weights, small_names
 from flashserve.store.sources.reading import LocalReader, file_identity
 from flashserve.types import Tier
 
@@ -102,8 +102,8 @@ def list_directory(uri: str, directory: Path) -> Listing:
         CheckpointError: there are no weights, a shard is missing, or a link leads out.
     """
     files = DirectoryFiles(directory)
-    names = {name for name in files.names() if is_plain(name) and is_small(name)}
-    names.update(weight_names(files))
+    names = {name for name in small_names(files.names()) if is_plain(name)}
+    names.update(find_weights(files).names)
     if len(names) > MAX_FILES:
         raise CheckpointError(f"{directory} has {len(names)} files; at most {MAX_FILES} are listed")
     found = (_stat(directory, name) for name in sorted(names))
