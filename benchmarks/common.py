@@ -7,11 +7,9 @@ import json
 import os
 import pathlib
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -78,15 +76,6 @@ def demo_model() -> Iterator[pathlib.Path]:
     path = _ROOT / ".demo" / "models" / "smollm2"
     subprocess.run([sys.executable, "-m", "flashserve.store.sources.demo", str(path)], check=True)
     yield path
-
-
-@contextlib.contextmanager
-def copy_of(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The same files elsewhere, removed afterwards."""
-    with tempfile.TemporaryDirectory() as temporary:
-        target = pathlib.Path(temporary) / directory.name
-        shutil.copytree(directory, target)
-        yield target
 
 
 def write_report(
