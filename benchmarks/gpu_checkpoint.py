@@ -20,7 +20,7 @@ from flashserve.node.residents import Residents
 from flashserve.store.checkpoint.order import groups
 from flashserve.store.device.bind import bind
 from flashserve.store.device.copier import DeviceCopier
-from flashserve.store.device.regions import RegisteredArena
+from flashserve.store.device.regions import RegisteredArena, address_of
 from flashserve.store.dram.arena import attach
 from flashserve.types import TensorSlice
 
@@ -42,6 +42,8 @@ class Scale:
     copy_sizes: tuple[int, ...]
     copied_bytes: int
     matrix: int
+    kv_bytes: int
+    region_sizes: tuple[int, ...]
 
 
 LLAMA_8B = {
@@ -65,12 +67,23 @@ TINY = {
     "vocab_size": 512,
 }
 FULL = Scale(
-    LLAMA_8B, 512, 8 * GIB, GIB, tuple(size * MIB for size in (1, 4, 16, 64, 256)), GIB, 8192
+    LLAMA_8B,
+    512,
+    8 * GIB,
+    GIB,
+    tuple(size * MIB for size in (1, 4, 16, 64, 256)),
+    GIB,
+    8192,
+    GIB,
+    (64 * MIB, GIB, 16 * GIB),
 )
 QUICK = dataclasses.replace(
-    FULL, config={**LLAMA_8B, "num_hidden_layers": 8}, registered_bytes=2 * GIB
+    FULL,
+    config={**LLAMA_8B, "num_hidden_layers": 8},
+    registered_bytes=2 * GIB,
+    region_sizes=(64 * MIB, GIB, 4 * GIB),
 )
-DRY = Scale(TINY, 16, MIB, 64 << 10, (4096, 65536), MIB, 64)
+DRY = Scale(TINY, 16, MIB, 64 << 10, (4096, 65536), MIB, 64, MIB, (MIB,))
 
 
 class Memory:
@@ -90,10 +103,6 @@ class Memory:
             self.writable.madvise(_MADV_POPULATE_WRITE)
         except OSError:  # a sandbox's kernel may not know it
             self.bytes[:: mmap.PAGESIZE] = 0
-
-
-def address_of(mapping: mmap.mmap) -> int:
-    return int(np.frombuffer(mapping, np.uint8).ctypes.data)
 
 
 class Bench:

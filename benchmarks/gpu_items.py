@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import pathlib
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -15,11 +17,16 @@ import torch
 import transformers
 
 import common
+from flashserve.config import EngineSettings
 from flashserve.engine.selfcheck import CheckKey, SelfCheck
 from flashserve.errors import UnavailableError
+from flashserve.messages.work import GenerateJob, LoadModel, Prepare
+from flashserve.node.homes import DeviceHome
+from flashserve.node.hosting import ModelHost
 from flashserve.store.device.copier import CudaCopier
-from flashserve.store.device.regions import RegisteredArena
-from gpu_checkpoint import GIB, MIB, Bench, Memory, address_of
+from flashserve.store.device.regions import RegisteredArena, address_of
+from flashserve.types import ModelId, SamplingParams
+from gpu_checkpoint import GIB, MIB, Bench, Memory
 
 REPEATS = 5
 
@@ -52,6 +59,53 @@ def _first_line(path: str) -> str:
         return pathlib.Path(path).read_text().split("\n", maxsplit=1)[0]
     except OSError:
         return "unknown"
+
+
+def starting(bench: Bench) -> dict[str, Any]:
+    """What a fresh process pays before its first kernel and its first product."""
+    samples = []
+    for _ in range(3 if bench.device.type == "cuda" else 1):
+        shown = subprocess.run(
+            [sys.executable, "-c", _START, bench.device.type],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        samples.append(json.loads(shown.stdout))
+    return {name: common.median([sample[name] for sample in samples]) for name in samples[0]}
+
+
+_START = """
+import json, sys, time
+marks = [time.perf_counter()]
+def mark(): marks.append(time.perf_counter())
+import torch
+mark()
+wait = torch.cuda.synchronize if sys.argv[1] == "cuda" else lambda: None
+one = torch.zeros(64, 64, device=sys.argv[1]); wait(); mark()
+one + one; wait(); mark()
+one @ one; wait(); mark()
+names = ("import_s", "context_s", "first_kernel_s", "first_product_s")
+print(json.dumps(dict(zip(names, [b - a for a, b in zip(marks, marks[1:])]))))
+"""
+
+
+def mapping(bench: Bench) -> dict[str, Any]:
+    """Device memory taken and given back at fixed addresses, for each size that a region has."""
+    found: dict[str, Any] = {}
+    for size in bench.scale.region_sizes:
+        region = bench.copier.reserve(size)
+        try:
+            maps, unmaps = [], []
+            for _ in range(REPEATS):
+                maps.append(_timed(region.map))
+                unmaps.append(_timed(region.unmap))
+        finally:
+            region.free()
+        found[f"map_{size // MIB}MiB_s"] = common.median(maps)
+        found[f"unmap_{size // MIB}MiB_s"] = common.median(unmaps)
+    return found
 
 
 def registration(bench: Bench) -> dict[str, Any]:
@@ -205,6 +259,66 @@ def sleep(bench: Bench) -> dict[str, Any]:
     }
 
 
+def worker(bench: Bench) -> dict[str, Any]:
+    """A worker's whole way: load and wake, each to the first token of its own engine."""
+    bench.release()
+    arena, mapping, _ = bench.registered
+    config = bench.config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    num_groups = len(bench.groups)
+    order = LoadModel(
+        ModelId("synthetic"), config, {}, bench.tensors, num_groups, num_groups, "synthetic"
+    )
+    prompt = tuple(bench.prompt[0].tolist())
+    job = GenerateJob("s", prompt, SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True))
+    with tempfile.TemporaryDirectory() as directory:
+        home = DeviceHome(bench.copier, mapping, arena, pathlib.Path(directory))
+        settings = EngineSettings(kv_bytes=bench.scale.kv_bytes, max_batch_tokens=len(prompt))
+        host = ModelHost(mapping, settings, home)
+        try:
+            return _work(bench, host, order, job)
+        finally:
+            host.unload()
+            home.close()
+
+
+def _work(bench: Bench, host: ModelHost, order: LoadModel, job: GenerateJob) -> dict[str, Any]:
+    loads, wakes, sleeps, checks, tokens = [], [], [], [], set()
+    for index in range(1 + REPEATS):
+        host.prepare(Prepare((), order.config, order.tensors, order.identity))
+        while host.work_ahead():
+            pass
+        bench.synchronize()
+        began = time.perf_counter()
+        was_asleep = host.load(order).was_asleep
+        assert host.engine is not None
+        host.engine.add(job)
+        ((_, output),) = host.engine.step()
+        (wakes if was_asleep else loads).append(time.perf_counter() - began)
+        tokens.add(output.token_id)
+        checks.append(_timed(host.check))
+        if index == REPEATS:
+            warm = [_timed(lambda: _again(host, job)) for _ in range(REPEATS)]
+        sleeps.append(_timed(host.unload))
+    if len(tokens) != 1 or len(wakes) != REPEATS:
+        raise AssertionError(f"{len(wakes)} wakes gave the tokens {tokens}")
+    warm_s = common.median(warm)
+    return {
+        "load_first_token_s": loads[0],
+        **_spread("wake_first_token_s", wakes),
+        **_spread("sleep_s", sleeps),
+        **_spread("self_check_s", checks),
+        **_spread("warm_prefill_s", warm),
+        **_bound(bench, common.median(wakes), warm_s),
+    }
+
+
+def _again(host: ModelHost, job: GenerateJob) -> None:
+    assert host.engine is not None
+    host.engine.drop_cached()
+    host.engine.add(job)
+    host.engine.step()
+
+
 def graph(bench: Bench) -> dict[str, Any]:
     _require_cuda(bench)
     resident_model = bench.take()
@@ -292,11 +406,14 @@ def _spread(name: str, seconds: Sequence[float]) -> dict[str, float]:
 
 ITEMS: tuple[tuple[Callable[[Bench], dict[str, Any]], float], ...] = (
     (versions, 60),
+    (starting, 60),
     (registration, 60),
     (ceiling, 60),
+    (mapping, 30),
     (load, 150),
     (first_token, 90),
     (sleep, 90),
+    (worker, 90),
     (graph, 30),
     (overlap, 30),
 )

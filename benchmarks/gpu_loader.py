@@ -7,11 +7,14 @@ that fails or outlasts its deadline does not end the others. The checkpoint is r
 throughout, so this is the DRAM tier alone; kernels are warm, and the module was built ahead.
 
   versions      libraries, driver, clocks, what the device supports
+  starting      import, context, first kernel and first product of a fresh process
   registration  cudaHostRegister of populated 4 KiB pages: a writable and a read-only mapping
   ceiling       pinned host to device, median of five, over sizes and one or two streams
+  mapping       device memory taken and given back at fixed addresses
   load          all of the checkpoint: reserve, map, copy by groups, last byte arrived
   first_token   load and one prefill behind it, layer by layer, beside the prefill alone
   sleep         memory given back; wake to the last byte and to the first token; the self-check
+  worker        the same through a worker's host and engine: load, sleep, wake, self-check
   graph         a captured graph replayed after a sleep gives the same bits
   overlap       host to device while the device multiplies matrices
 
@@ -110,6 +113,11 @@ def report(found: dict[str, dict[str, Any]], json_file: str | None, *, is_dry: b
     add("sleep", "wake_first_token_s", "s", "lower")
     add("sleep", "over_bound", "x bytes / ceiling", "lower", FIRST_TOKEN_SLACK)
     add("sleep", "self_check_s", "s", "lower")
+    add("starting", "import_s", "s", "lower")
+    add("starting", "context_s", "s", "lower")
+    add("worker", "load_first_token_s", "s", "lower")
+    add("worker", "wake_first_token_s", "s", "lower")
+    add("worker", "over_bound", "x bytes / ceiling", "lower", FIRST_TOKEN_SLACK)
     add("overlap", "gb_per_s", "GB/s", "higher")
     add("overlap", "matmul_slowdown", "x alone", "lower")
     common.write_report(

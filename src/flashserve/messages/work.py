@@ -82,7 +82,8 @@ class ArrivalFailed:
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoadReport:
     device_s: float
-    """Binding (CPU) or copying (accelerator) the weights."""
+    """Binding the weights (CPU), or starting their copies (accelerator), behind which the first step
+    then waits."""
     init_s: float
     """Everything else: building the module, the KV pool, first-use work."""
     kv: KVUsage

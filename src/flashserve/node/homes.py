@@ -194,6 +194,11 @@ class DeviceHome:
         else:
             self._residents.drop()
 
+    def close(self) -> None:
+        """Gives everything on the device back, sleeping models too."""
+        self._awake = None
+        self._residents.close()
+
 
 def _key(identity: str, dtype: torch.dtype) -> str:
     return f"{dtype} {identity}"

@@ -95,13 +95,13 @@ class WorkerPool:
     @contextlib.asynccontextmanager
     async def temporary(self) -> AsyncIterator[Worker]:
         """A ready worker beyond the pool's size, for as long as the context lasts; it has hardly
-        any memory for keys and values.
+        any memory for keys and values, and no device.
 
         Raises:
             UnavailableError: it did not start.
         """
         settings = self._launcher.settings.model_copy(update={"kv_bytes": _TEMPORARY_KV_BYTES})
-        launcher = dataclasses.replace(self._launcher, settings=settings)
+        launcher = dataclasses.replace(self._launcher, settings=settings, device="cpu")
         worker = launcher.launch(f"temporary-{next(self._names)}")
         self._all.add(worker)
         try:

@@ -14,7 +14,7 @@ import time
 from typing import ClassVar
 
 from flashserve.engine.gates import Gates
-from flashserve.errors import FlashServeError, error_from_code
+from flashserve.errors import FlashServeError, SelfCheckError, error_from_code
 from flashserve.messages.work import (
     DescribeModel,
     GenerateJob,
@@ -29,7 +29,7 @@ from flashserve.messages.work import (
 from flashserve.node.link import Link
 from flashserve.node.serving import EngineUnusableError, Serving
 from flashserve.node.worker import die_with_parent, parse_arguments
-from flashserve.types import KVUsage, TokenOutput
+from flashserve.types import KVUsage, ModelId, TokenOutput
 
 
 @dataclasses.dataclass
@@ -40,6 +40,8 @@ class Script:
     step_s: float = 0.0
     fails_at_step: int = -1
     loses_memory: bool = False
+    fails_its_check: bool = False
+    sleeps: bool = False
     refuses_job: bool = False
 
 
@@ -102,9 +104,11 @@ class FakeHost:
         self.engine: FakeEngine | None = None
         self.loaded: LoadModel | None = None
         self._gates = Gates(0)
+        self._script = Script()
+        self._asleep: list[ModelId] = []
 
     def load(self, order: LoadModel) -> LoadReport:
-        script = Script(**order.config.get("fake", {}))
+        self._script = script = Script(**order.config.get("fake", {}))
         time.sleep(script.load_s)
         if script.dies_in_load:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -117,10 +121,14 @@ class FakeHost:
         return LoadReport(0.0, 0.0, self.engine.kv_usage())
 
     def unload(self) -> UnloadReport:
+        if self.loaded is not None and self._script.sleeps:
+            self._asleep.append(self.loaded.model_id)
         self.engine = self.loaded = None
-        return UnloadReport()
+        return UnloadReport(tuple(self._asleep))
 
-    def check(self) -> None: ...
+    def check(self) -> None:
+        if self._script.fails_its_check:
+            raise SelfCheckError("the script says that it differs")
 
     failure = None
 

@@ -24,7 +24,7 @@ from tests.integration.node.nodes import (
     running_node,
 )
 
-from flashserve.errors import ReplicaError
+from flashserve.errors import ReplicaError, SelfCheckError
 from flashserve.messages.events import ReplicaLost, ReplicaStopped, WorkersChanged
 from flashserve.node.agent import Agent
 from flashserve.types import ReplicaId
@@ -58,6 +58,27 @@ def test_a_killed_worker_breaks_its_streams_and_is_replaced(
             await bench.started("m#2", model)
             assert len(bench.events.of(ReplicaLost)) == 1
             assert bench.events.of(ReplicaStopped) == []
+
+    run(check())
+
+
+def test_a_model_that_fails_its_check_is_lost_and_its_worker_used_again(
+    kind: str, tmp_path: pathlib.Path
+) -> None:
+    async def check() -> None:
+        async with running_node(kind, make_settings(tmp_path)) as bench:
+            await bench.started("m#1", fake_model(tmp_path, "m", fails_its_check=True))
+            pids = bench.worker_pids()
+            with pytest.raises(SelfCheckError, match="it differs"):
+                await bench.tokens("m#1", job("s", 100_000))
+            lost = await bench.events.next(ReplicaLost, replica_id="m#1")
+            assert "it differs" in lost.reason
+            with pytest.raises(ReplicaError):
+                await bench.tokens("m#1", job("late"))
+            await bench.started("n#1", fake_model(tmp_path, "n"))
+            assert await bench.tokens("n#1", job("s", 1)) == [1000]
+            assert bench.worker_pids() == pids
+            assert bench.num_leases() == 1
 
     run(check())
 

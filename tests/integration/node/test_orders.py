@@ -30,7 +30,7 @@ from flashserve.messages.events import (
     Staged,
     StageFailed,
 )
-from flashserve.types import ReplicaId, Tier
+from flashserve.types import ModelSpec, ReplicaId, Tier
 
 
 @pytest.fixture(params=["in-process", "unix"])
@@ -173,6 +173,33 @@ def test_a_model_returns_to_the_worker_that_served_it_last(tmp_path: pathlib.Pat
                 await bench.events.next(ReplicaStopped, replica_id=f"{name}#{turn}")
             assert [len(workers) for workers in served.values()] == [1, 1]
             assert served["a"].isdisjoint(served["b"])
+
+    run(check())
+
+
+def test_a_model_returns_to_the_worker_in_which_it_sleeps(tmp_path: pathlib.Path) -> None:
+    async def check() -> None:
+        async with running_node("in-process", make_settings(tmp_path, num_workers=2)) as bench:
+            a, b, c = (fake_model(tmp_path, name, sleeps=True) for name in "abc")
+            await bench.ready(2)
+
+            async def served(name: str, model: ModelSpec) -> str:
+                await bench.started(name, model)
+                worker = bench.agent._replicas[ReplicaId(name)].worker
+                assert worker is not None
+                return worker.name
+
+            async def stopped(name: str, model: ModelSpec) -> None:
+                bench.stop(name, model)
+                await bench.events.next(ReplicaStopped, replica_id=name)
+
+            first = await served("a#1", a)
+            await stopped("a#1", a)
+            assert await served("b#1", b) != first
+            assert await served("c#1", c) == first
+            await stopped("b#1", b)  # its worker has been spare for longest, and served not a
+            await stopped("c#1", c)
+            assert await served("a#2", a) == first
 
     run(check())
 
