@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,20 +39,8 @@ def passing(root: Path, log: Path) -> Iterator[Transit]:
         objectstore.serving(root, log, "5m") as upstream,
         Transit(upstream).running() as transit,
     ):
-        configure(patch, transit.url, log.parent)
+        objectstore.configure(patch, transit.url, log.parent)
         yield transit
-
-
-def configure(patch: pytest.MonkeyPatch, endpoint: str, directory: Path) -> None:
-    """The environment as a user of the store at `endpoint` has it, and nothing of the machine's."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        patch.delenv(name)
-    patch.setenv("AWS_CONFIG_FILE", str(directory / "config"))
-    patch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(directory / "credentials"))
-    patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    patch.setenv("AWS_ACCESS_KEY_ID", objectstore.KEY)
-    patch.setenv("AWS_SECRET_ACCESS_KEY", objectstore.SECRET)
-    patch.setenv("AWS_ENDPOINT_URL", endpoint)
 
 
 SETTINGS = {

@@ -102,6 +102,12 @@ class ObjectStore:
             raise SourceError("s3:// needs boto3: pip install flashserve[s3]") from None
         try:
             yield
+        except botocore.exceptions.SSLError as error:
+            trusted = self.ca_bundle() or "those that boto3 comes with"
+            raise SourceError(
+                f"s3://{self._bucket} cannot be read: {one_line(error)}; AWS_CA_BUNDLE names the "
+                f"certificates to trust, now {trusted}"
+            ) from None
         except botocore.exceptions.ClientError as error:
             fault = error.response.get("Error", {})
             reason = f"{fault.get('Code', 'error')}: {fault.get('Message', '')}"
