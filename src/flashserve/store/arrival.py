@@ -42,13 +42,16 @@ class Arrival:
         *,
         num_bytes: int = 0,
         report: Callable[[float], StageReport] = lambda _: StageReport(),
+        is_fetched: bool = False,
     ) -> None:
         """Args:
         pending: chunks that each group still lacks.
         num_bytes: those of all the files, for `listen`.
         report: what `wait` returns, from the seconds that it all took.
+        is_fetched: the bytes come from far away.
         """
         self.num_groups = len(pending)
+        self.is_fetched = is_fetched
         self._pending = list(pending)
         self._num_bytes = num_bytes
         self._num_bytes_done = 0

@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from flashserve.config import StoreSettings
-from flashserve.errors import CheckpointError, FlashServeError
+from flashserve.errors import CheckpointError, FlashServeError, SourceError, UnavailableError
 from flashserve.store.checkpoint.files import is_small
+from flashserve.store.checkpoint.listing import SourceFile
 from flashserve.store.dram.arena import Arena
-from flashserve.store.images import FileImage, Fill, Image
+from flashserve.store.images import Claimant, FileImage, Fill
 from flashserve.store.keeping import DiskCopy, Keeper, OnDisk
 from flashserve.store.mending import Mender
 from flashserve.store.origin import Origin, Origins
-from flashserve.store.pipeline import FileLoad, checksum, load
+from flashserve.store.pipeline import FileLoad, load
 from flashserve.store.proof import Proof
 from flashserve.store.shelf import Shelf
 from flashserve.store.transfers import Transfer, Transfers
 from flashserve.types import ModelId, Tier
 
 _log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Reading:
+    """A file that a fill brings, as the fill's own source calls it.
+
+    unproved are checksums of chunks that nobody may use before the whole file is proved; damaged
+    are chunks that were damaged on disk, and came from the source.
+    """
+
+    file: FileImage
+    source: SourceFile
+    unproved: dict[int, int] = dataclasses.field(default_factory=dict)
+    damaged: set[int] = dataclasses.field(default_factory=set)
 
 
 class Filler:
@@ -55,14 +71,17 @@ class Filler:
         self._keeper.close()
         self._mender.close()
 
-    def start(self, origin: Origin, image: Image, fill: Fill | None, model_id: ModelId) -> None:
-        """Begins what is to be done for an image that was claimed, and returns."""
+    def start(self, claimant: Claimant, fill: Fill | None) -> None:
+        """Begins what is to be done for an image that was claimed, and returns.
+
+        fill: what must be read for it; None when everything is there, or on its way.
+        """
         if fill is not None:
-            run = lambda: self._run(origin, image, fill, model_id)  # noqa: E731
-        elif origin.is_fetched:
-            run = lambda: self._keep(origin, image, model_id)  # noqa: E731
-        else:
-            return
+            self._start(lambda: self._run(fill))
+        elif claimant.origin.is_fetched:
+            self._start(lambda: self._keep(claimant))
+
+    def _start(self, run: Callable[[], None]) -> None:
         threading.Thread(target=run, name="store-fill", daemon=True).start()
 
     def fetch(self, origin: Origin, model_id: ModelId, stopping: threading.Event) -> int:
@@ -89,58 +108,72 @@ class Filler:
         self._keeper.wait(wanted)
         self._mender.wait(wanted)
 
-    def _run(self, origin: Origin, image: Image, fill: Fill, model_id: ModelId) -> None:
-        error: BaseException | None = None
+    def _run(self, fill: Fill) -> None:
         copy = None
-        damaged: dict[FileImage, set[int]] = {file: set() for file in fill.files}
+        readings = [_Reading(file, fill.claimant.source_file(file)) for file in fill.files]
         try:
-            copy = self._keeper.begin(origin, image, model_id)
-            self._read(origin, fill, copy, damaged, model_id)
-        except FlashServeError as failure:
-            error = failure
-        except BaseException as failure:
-            _log.exception("reading %s failed", origin.listing.uri)
-            error = failure
-        if error is None:
-            self._shelf.landed(fill)
-            for file, chunks in damaged.items():
-                self._mender.submit(origin, file, chunks, model_id)
-            for file in fill.files:
-                file.land()
+            copy = self._keeper.begin(fill.claimant)
+            self._read(fill, copy, readings)
+        except FlashServeError as error:
+            self._failed(fill, copy, error)
+        except BaseException as error:
+            _log.exception("reading %s failed", fill.claimant.origin.listing.uri)
+            self._failed(fill, copy, error)
         else:
-            if copy:
-                copy.interrupt(at_once=fill.stopping.is_set())
-            self._shelf.failed(fill)
-            for file in fill.files:
-                file.fail(error)
-            copy = None
+            self._landed(fill, copy, readings)
+
+    def _landed(self, fill: Fill, copy: DiskCopy | None, readings: Sequence[_Reading]) -> None:
+        claimant = fill.claimant
+        self._shelf.landed(fill)
+        for each in readings:
+            self._mender.submit(
+                claimant.origin, each.file, each.source.name, each.damaged, claimant.model_id
+            )
+        for file in fill.files:
+            file.land()
         fill.ended.set()
-        if error is None:
-            self._finish(origin, copy, fill.files)
+        self._finish(claimant, copy, readings)
 
-    def _keep(self, origin: Origin, image: Image, model_id: ModelId) -> None:
+    def _failed(self, fill: Fill, copy: DiskCopy | None, error: BaseException) -> None:
+        """Others who need the files go on with them, each from its own source."""
+        if copy:
+            copy.interrupt(at_once=fill.stopping.is_set())
+        is_damaged = not isinstance(error, SourceError | UnavailableError)
+        successors = self._shelf.failed(fill, is_damaged=is_damaged)
+        for each in successors:
+            _log.warning(
+                "%s goes on from %s: %s",
+                ", ".join(file.path for file in each.files),
+                each.claimant.origin.listing.uri,
+                error,
+            )
+        kept = {file for each in successors for file in each.files}
+        for file in fill.files:
+            if file not in kept:
+                file.fail(error)
+        fill.ended.set()
+        for each in successors:
+            self.start(each.claimant, each)
+
+    def _keep(self, claimant: Claimant) -> None:
         """Makes the copy on disk of a checkpoint of which everything was in DRAM."""
-        self._finish(origin, self._keeper.begin(origin, image, model_id), ())
+        self._finish(claimant, self._keeper.begin(claimant), ())
 
-    def _finish(self, origin: Origin, copy: DiskCopy | None, files: Iterable[FileImage]) -> None:
+    def _finish(
+        self, claimant: Claimant, copy: DiskCopy | None, readings: Iterable[_Reading]
+    ) -> None:
         """Completes the copy on disk; only then are files proved, those that were read and those
         that are shared, as a copy of what turns out to be damaged must be found there.
         """
-        to_prove = {file: file.file.name for file in files}
+        to_prove = {each.file: each.source.name for each in readings}
         if copy is not None:
             copy.finish(self._arena)
             to_prove |= {file: name for name, file in copy.files.items() if file}
         for file, name in to_prove.items():
-            self._proof.submit(origin, file, name)
+            self._proof.submit(claimant.origin, file, name)
 
-    def _read(
-        self,
-        origin: Origin,
-        fill: Fill,
-        copy: DiskCopy | None,
-        damaged: dict[FileImage, set[int]],
-        model_id: ModelId,
-    ) -> None:
+    def _read(self, fill: Fill, copy: DiskCopy | None, readings: Sequence[_Reading]) -> None:
+        origin, model_id = fill.claimant.origin, fill.claimant.model_id
         from_tier = Tier.REMOTE if origin.is_fetched else Tier.DISK
         transfer = Transfer(origin.listing.uri, model_id, from_tier, Tier.DRAM, fill.num_bytes)
         with (
@@ -148,16 +181,13 @@ class Filler:
             self.transfers.running(transfer),
             contextlib.ExitStack() as stack,
         ):
-            loads = [
-                self._load(origin, file, copy, damaged[file], transfer, stack)
-                for file in fill.files
-            ]
+            loads = [self._load(origin, each, copy, transfer, stack) for each in readings]
             threads = max((each.reader.preferred_threads for each in loads), default=1)
             load(loads, fill.order, num_threads=threads, stopping=fill.stopping)
             self._check_unchanged(origin)
-            for number, file in enumerate(fill.files):
-                if self._proof.comes_first(origin, file):
-                    self._prove(origin, file, loads[number], fill.stopping, stack)
+            for each, loaded in zip(readings, loads, strict=True):
+                if self._proof.comes_first(origin, each.file):
+                    self._prove(origin, each, loaded, fill.stopping, stack)
         if not origin.is_remote:
             for file in fill.files:
                 self._origins.remember(file.file, file.checksums)
@@ -165,13 +195,12 @@ class Filler:
     def _load(
         self,
         origin: Origin,
-        file: FileImage,
+        reading: _Reading,
         copy: DiskCopy | None,
-        damaged: set[int],
         transfer: Transfer,
         stack: contextlib.ExitStack,
     ) -> FileLoad:
-        name = file.file.name
+        file, name = reading.file, reading.source.name
         memory = stack.enter_context(self._arena.memory(file.extent))
         is_open = not self._proof.comes_first(origin, file)
 
@@ -182,21 +211,23 @@ class Filler:
                 transfer.found(len(data))
             if is_open:
                 file.chunk_done(index, checksum)
+            else:
+                reading.unproved[index] = checksum
 
         return self._origins.file_load(
             origin,
-            file.file,
+            reading.source,
             memory,
             on_chunk,
             stack,
             resumed=(copy.incoming, copy.written(name)) if copy else None,
-            on_damage=damaged.add,
+            on_damage=reading.damaged.add,
         )
 
     def _prove(
         self,
         origin: Origin,
-        file: FileImage,
+        reading: _Reading,
         loaded: FileLoad,
         stopping: threading.Event,
         stack: contextlib.ExitStack,
@@ -206,10 +237,11 @@ class Filler:
         Raises:
             CheckpointError: it still is not.
         """
+        file = reading.file
         if difference := self._proof.mismatch(file):
             _log.warning("%s was damaged on its way here: %s; fetched again", file.path, difference)
             again = self._origins.file_load(
-                origin, file.file, loaded.memory, loaded.on_chunk, stack
+                origin, reading.source, loaded.memory, loaded.on_chunk, stack
             )
             order = [(0, index) for index in range(file.file.num_chunks)]
             num_threads = again.reader.preferred_threads
@@ -218,10 +250,8 @@ class Filler:
                 raise CheckpointError(
                     f"{file.path} is damaged on its way here, twice: {difference}"
                 )
-        with self._arena.memory(file.extent) as memory:
-            for index in range(file.file.num_chunks):
-                with file.chunk(memory, index) as data:
-                    file.chunk_done(index, checksum(data))
+        for index, checksum in reading.unproved.items():
+            file.chunk_done(index, checksum)
 
     def _check_unchanged(self, origin: Origin) -> None:
         """Of files of this machine, which have no version that a read could insist on."""

@@ -14,7 +14,7 @@ from flashserve.store.arrival import Arrival
 from flashserve.store.behind import WriteBehind
 from flashserve.store.disk.incoming import Incoming
 from flashserve.store.dram.arena import Arena
-from flashserve.store.images import FileImage, Image
+from flashserve.store.images import Claimant, FileImage, Image
 from flashserve.store.origin import Origin, Origins
 from flashserve.store.shelf import Shelf
 from flashserve.types import ModelId
@@ -123,8 +123,9 @@ class Keeper:
                     writer.stop()
             self._changed.wait_for(lambda: not self._writing)
 
-    def begin(self, origin: Origin, image: Image, model_id: ModelId) -> DiskCopy | None:
+    def begin(self, claimant: Claimant) -> DiskCopy | None:
         """Starts to write a remote checkpoint to disk; None where it is there, or cannot be."""
+        origin = claimant.origin
         identity, began = origin.listing.identity, time.monotonic()
         with self._changed:
             if not origin.is_remote or self._is_busy(identity) or self._is_closed:
@@ -138,12 +139,12 @@ class Keeper:
             self._ended(identity, filter(None, files.values()))
             if is_on_disk:
                 num_bytes = sum(file.num_bytes for file in origin.listing.files)
-                self._on_disk(model_id, num_bytes, time.monotonic() - began)
+                self._on_disk(claimant.model_id, num_bytes, time.monotonic() - began)
 
         try:
             incoming = self._origins.begin(origin)
             if incoming is not None:
-                files = self._pin(image)
+                files = self._pin(claimant.image)
                 writer = WriteBehind(origin.listing.uri, incoming, ended)
         except FlashServeError as error:
             _log.warning("%s is not kept on disk: %s", origin.listing.uri, error.message)

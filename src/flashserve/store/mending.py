@@ -31,6 +31,7 @@ class _Job:
     origin: Origin
     stored: Stored
     file: FileImage
+    name: str
     chunks: frozenset[int]
     model_id: ModelId
 
@@ -57,13 +58,19 @@ class Mender:
         self._thread: threading.Thread | None = None
 
     def submit(
-        self, origin: Origin, file: FileImage, chunks: Collection[int], model_id: ModelId
+        self,
+        origin: Origin,
+        file: FileImage,
+        name: str,
+        chunks: Collection[int],
+        model_id: ModelId,
     ) -> None:
         """Has a file's copy on disk mended; returns at once.
 
         Args:
             origin: where the load read from; its copy on disk has the damage.
             file: as it is in DRAM by now, whole and right.
+            name: what this origin calls it.
             chunks: indexes of the damaged ones; none is fine.
             model_id: for whom it was loaded.
         """
@@ -76,7 +83,7 @@ class Mender:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="store-mend", daemon=True)
                 self._thread.start()
-        self._jobs.put(_Job(origin, origin.stored, file, frozenset(chunks), model_id))
+        self._jobs.put(_Job(origin, origin.stored, file, name, frozenset(chunks), model_id))
 
     def wait(self, files: Iterable[FileImage]) -> None:
         """Returns when no copy of any of these files is being mended, or waits for that."""
@@ -107,7 +114,7 @@ class Mender:
                     self._changed.notify_all()
 
     def _mend(self, disk: DiskTier, job: _Job) -> None:
-        identity, name = job.stored.listing.identity, job.file.file.name
+        identity, name = job.stored.listing.identity, job.name
         spans = Findings(job.chunks).ranges(job.file.file)
         where = ", ".join(f"{begin}-{end}" for begin, end in spans)
         damage = f"bytes {where} of {job.stored.directory / name} were damaged on disk"
@@ -136,7 +143,7 @@ class Mender:
         """A chunk out of DRAM, or from the source when it has left there."""
         view = self._shelf.look_at(job.file, index)
         if view is None:
-            return refetch(job.stored, job.file.file.name, index)
+            return refetch(job.stored, job.name, index)
         with view as data:
             return bytes(data)
 

@@ -13,7 +13,8 @@ from flashserve.errors import ConflictError, ModelTooLargeError, UnavailableErro
 from flashserve.store.checkpoint.listing import SourceFile
 from flashserve.store.checkpoint.snapshot import Snapshot
 from flashserve.store.dram.arena import Arena, ExtentState, extent_bytes
-from flashserve.store.images import FileImage, Fill, Image
+from flashserve.store.images import Claimant, FileImage, Fill, Image
+from flashserve.store.origin import Origin
 from flashserve.types import ModelId
 
 
@@ -60,14 +61,19 @@ class Shelf:
             return image
 
     def claim(
-        self, snapshot: Snapshot, files: Sequence[SourceFile], model_id: ModelId
+        self,
+        snapshot: Snapshot,
+        files: Sequence[SourceFile],
+        model_id: ModelId,
+        origin: Origin,
     ) -> tuple[Image, Fill | None]:
         """Makes a model's image, leased, of files that are there and places for those that are not.
 
         Args:
             snapshot: of the model.
             files: its weights, in the order of the layout.
-            model_id: named by the image from here on; what it named before is given up first.
+            model_id: names the image from here on; what it named before is given up first.
+            origin: has the files, and is where they are read from if others who do so fail.
 
         Returns:
             The image, and the files that must be read now.
@@ -86,7 +92,8 @@ class Shelf:
                 for file in files:
                     if file.identity not in self._files:
                         path = f"{snapshot.uri.rstrip('/')}/{file.name}"
-                        new.append(FileImage(file, path, self._arena.allocate(file.num_bytes)))
+                        extent = self._arena.allocate(file.num_bytes)
+                        new.append(FileImage(file, path, extent, is_fetched=origin.is_fetched))
                         self._files[file.identity] = new[-1]
             except BaseException:
                 for image_of_file in new:
@@ -98,7 +105,11 @@ class Shelf:
                 each.num_users += 1
             self._attach(model_id, image)
             self._lease(image, model_id)
-            return image, self._fill(image, new)
+            claimant = Claimant(model_id, image, origin)
+            for fill in self._fills:
+                if set(fill.files) & set(image.files):
+                    fill.heirs.append(claimant)
+            return image, self._fill(claimant, new) if new else None
 
     def lease(self, model_id: ModelId) -> Image:
         """Leases a model that is whole.
@@ -165,12 +176,24 @@ class Shelf:
                 self._merge(file)
             self._end(fill)
 
-    def failed(self, fill: Fill) -> None:
-        """The bytes of a fill will not come: nobody finds its files any more."""
+    def failed(self, fill: Fill, *, is_damaged: bool) -> tuple[Fill, ...]:
+        """The bytes of a fill will not come from where it read them. Nobody finds its files any
+        more, but for those that another model needs which has them from another source.
+
+        Args:
+            is_damaged: what it brought may be wrong as well, and must be compared.
+
+        Returns:
+            Who reads those files now.
+        """
         with self._lock:
+            left = set(fill.files)
+            successors = [] if self._is_closed else list(self._successors(fill, left, is_damaged))
             for file in fill.files:
-                self._withdraw(file)
+                if file in left:
+                    self._withdraw(file)
             self._end(fill)
+            return tuple(successors)
 
     def quarantine(self, file: FileImage) -> tuple[ModelId, ...]:
         """The bytes of a file are damaged: nobody finds them any more, and they go with the last
@@ -241,16 +264,39 @@ class Shelf:
         with self._lock:
             return tuple(file for file in dict.fromkeys(self._files.values()) if file.is_whole)
 
-    def _fill(self, image: Image, new: Sequence[FileImage]) -> Fill | None:
-        if not new:
-            return None
+    def _successors(self, fill: Fill, left: set[FileImage], is_damaged: bool) -> Iterator[Fill]:
+        """Fills for files out of `left`, which are taken from it. No source is tried twice, unless
+        the read was only stopped.
+        """
+        tried = fill.tried
+        if not fill.stopping.is_set():
+            tried |= {fill.claimant.origin.listing.uri}
+        for number, heir in enumerate(fill.heirs):
+            image, uri = heir.image, heir.origin.listing.uri
+            files = [file for file in fill.files if file in left and file in image.files]
+            if files and uri not in tried and self._images.get(image.identity) is image:
+                left.difference_update(files)
+                heirs = fill.heirs[number + 1 :]
+                yield self._fill(heir, files, heirs, tried, skip_present=not is_damaged)
+
+    def _fill(
+        self,
+        claimant: Claimant,
+        new: Sequence[FileImage],
+        heirs: Iterable[Claimant] = (),
+        tried: frozenset[str] = frozenset(),
+        *,
+        skip_present: bool = False,
+    ) -> Fill:
+        image = claimant.image
         index_of = {file: index for index, file in enumerate(new)}
         order = dict.fromkeys(  # two names of one file need its chunks once
             (index_of[file], place.index)
             for place in image.order
             if (file := image.files[place.file_index]) in index_of
+            and not (skip_present and file.has(place.index))
         )
-        fill = Fill(tuple(new), tuple(order))
+        fill = Fill(claimant, tuple(new), tuple(order), heirs, tried)
         for file in fill.files:
             file.num_users += 1
         self._fills.add(fill)

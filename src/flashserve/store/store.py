@@ -19,6 +19,7 @@ from flashserve.store.disk.budget import DiskUsage
 from flashserve.store.dram.arena import Arena, ArenaUsage, ExtentState
 from flashserve.store.filling import Filler
 from flashserve.store.guard import Guard
+from flashserve.store.images import Claimant
 from flashserve.store.lease import Lease, Residence
 from flashserve.store.origin import Origin, Origins
 from flashserve.store.proof import Proof
@@ -284,12 +285,12 @@ class Store:
         if is_new := image is None:
             snapshot = self._origins.snapshot(origin)
             files = [origin.file(file.name) for file in snapshot.layout.files]
-            image, fill = self._shelf.claim(snapshot, files, model.model_id)
+            image, fill = self._shelf.claim(snapshot, files, model.model_id, origin)
         num_bytes = fill.num_bytes if fill else 0
-        is_fetch = origin.is_remote and origin.stored is None
+        is_fetched = image.is_fetched
 
         def report(seconds: float) -> StageReport:
-            fetch_s, dram_s = (seconds, 0.0) if is_fetch else (0.0, seconds)
+            fetch_s, dram_s = (seconds, 0.0) if is_fetched else (0.0, seconds)
             return StageReport(num_bytes, looked_s + fetch_s, dram_s)
 
         is_hit = image.is_whole
@@ -298,7 +299,7 @@ class Store:
             arrival.listen(progress)
         lease = Lease(self._shelf, image, model.model_id, arrival)
         if is_new:
-            self._filler.start(origin, image, fill, model.model_id)
+            self._filler.start(Claimant(model.model_id, image, origin), fill)
         return lease
 
     def _look(self, model: ModelSpec) -> Origin:

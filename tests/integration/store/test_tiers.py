@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import threading
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+import xxhash
 
 from flashserve.config import StoreSettings
 from flashserve.errors import CheckpointError, ConflictError, SourceError, UnavailableError
@@ -39,6 +41,8 @@ class FakeRemote:
         self.num_listings = 0
         self.on_listing = lambda: True
         self.fails_at: int | None = None
+        self.fails_name = ""
+        self.shared_identity = ""
         self.is_protected = True
         self.promises = False
         self.num_flips = 0
@@ -53,10 +57,15 @@ class FakeRemote:
             raise SourceError(f"{self.uri} does not answer")
         found = list_directory(self.uri, self.directory)
         files = tuple(
-            SourceFile(file.name, file.num_bytes, f"etag:{file.identity}", self._digests(file.name))
+            SourceFile(file.name, file.num_bytes, self._identity(file), self._digests(file.name))
             for file in found.files
         )
         return Listing(self.uri, f"etag:{found.identity}", files, self.is_protected)
+
+    def _identity(self, file: SourceFile) -> str:
+        if file.name.endswith(".safetensors") and file.name != self.fails_name:
+            return self.shared_identity or f"etag:{file.identity}"
+        return f"etag:{file.identity}"
 
     def _digests(self, name: str) -> tuple[tuple[str, str], ...]:
         md5 = hashlib.md5((self.directory / name).read_bytes()).hexdigest()
@@ -79,7 +88,8 @@ class FakeReader:
         if is_weight:
             self.source.may_read.wait()
             self.source.reads.append((self.name, begin // CHUNK_BYTES))
-        if not self.source.is_up or (is_weight and begin == self.source.fails_at):
+        fails = begin == self.source.fails_at or self.name == self.source.fails_name
+        if not self.source.is_up or (is_weight and fails):
             raise SourceError(f"{self.source.uri}/{self.name} does not answer")
         with (self.source.directory / self.name).open("rb") as file:
             file.seek(begin)
@@ -342,6 +352,21 @@ def test_nothing_opens_before_an_unprotected_fetch_is_proved(tmp_path, remote):
         assert {num_reads for num_open, num_reads in opened if num_open} == {4}
 
 
+def test_a_fetch_that_is_proved_first_is_summed_up_once(tmp_path, remote, monkeypatch):
+    remote.promises, summed, digest = True, [], xxhash.xxh3_64_intdigest
+
+    def sum_up(data) -> int:
+        summed.append(len(data))
+        return digest(data)
+
+    monkeypatch.setattr(xxhash, "xxh3_64_intdigest", sum_up)
+    settings = {"verify_fetches": "always", "disk_bytes": MIB}  # no room for a copy on disk
+    with running(tmp_path, SETTINGS.model_copy(update=settings)) as store:
+        store.stage(spec(), Tier.DRAM)
+        assert sum(summed) == len(weights(remote))
+        store.verify(M)
+
+
 def test_a_fetch_that_is_damaged_twice_is_refused_and_leaves_nothing(tmp_path, remote):
     remote.promises, remote.is_protected, remote.num_flips = True, False, 2
     with running(tmp_path) as store:
@@ -468,3 +493,108 @@ def test_a_look_that_hangs_does_not_keep_the_store_from_closing(tmp_path, remote
     store.close()
     may_answer.set()
     store._versions._thread.join()
+
+
+@pytest.fixture
+def twins(tmp_path, remote, monkeypatch):
+    """Two remote sources whose weights are known to be the same file, under two names, before a
+    byte is read; the rest of them differs.
+    """
+    sources = {}
+    for name in ("one", "two"):
+        place = tmp_path / name
+        place.mkdir()
+        (place / "config.json").write_text(f'{{"name": "{name}"}}')
+        (place / "model.safetensors").hardlink_to(remote.directory / "model.safetensors")
+        uri = f"s3://bucket/{name}"
+        sources[uri] = FakeRemote(uri, place)
+        sources[uri].shared_identity = "sha256:shared"
+    monkeypatch.setattr(origin, "open_source", lambda uri, *_: sources[uri])
+    return sources.values()
+
+
+@contextlib.contextmanager
+def joined(store: Store, twins):
+    """Both are held, and what the first one reads is what the second one waits for."""
+    one, two = twins
+    one.may_read.clear()
+    with store.hold(spec("one", one.uri)) as first, store.hold(spec("two", two.uri)) as second:
+        assert first.extents == second.extents
+        yield first, second
+
+
+def test_a_model_that_waits_for_the_read_of_another_goes_on_by_itself(tmp_path, twins):
+    one, two = twins
+    one.fails_at = 2 * CHUNK_BYTES
+    with running(tmp_path) as store, joined(store, twins) as (first, second):
+        one.may_read.set()
+        assert second.arrival.wait().num_bytes == 0
+        first.arrival.wait()  # the bytes are its own as well
+        assert image(store, "two") == weights(two)
+        read = {index for _, index in one.reads} - {2}
+        assert {index for _, index in two.reads} == {0, 1, 2, 3} - read
+        assert store.usage().used == 30 * MIB
+        store.verify(ModelId("two"))
+
+
+def test_what_a_read_that_was_damaged_brought_is_compared_by_who_goes_on(tmp_path, twins):
+    one, two = twins
+    for source in twins:
+        source.promises = True
+    one.is_protected, one.num_flips = False, 2  # damaged twice: refused
+    with running(tmp_path) as store, joined(store, twins) as (_, second):
+        one.may_read.set()
+        second.arrival.wait()
+        assert image(store, "two") == weights(two)
+        assert {index for _, index in two.reads} == {0, 1, 2, 3}
+
+
+def test_each_source_is_tried_once(tmp_path, twins):
+    one, two = twins
+    one.fails_at = two.fails_at = CHUNK_BYTES
+    with running(tmp_path) as store:
+        with joined(store, twins) as (first, second):
+            third = store.hold(spec("third", one.uri))
+            one.may_read.set()
+            for lease in (first, second, third):
+                with pytest.raises(SourceError, match=r"two/model\.safetensors does not answer"):
+                    lease.arrival.wait()
+            third.release()
+        until(lambda: store.usage().used == 0)  # the disk is written behind
+        for source in twins:
+            assert [index for _, index in source.reads].count(1) == 1
+
+
+def test_a_file_that_only_the_failed_read_needs_goes_with_it(tmp_path, twins):
+    """The first model has a shard of its own, which fails it alone; the other has another name."""
+    one, two = twins
+    shared, own = (one.directory / f"model-{n}.safetensors" for n in ("shared", "own"))
+    (one.directory / "model.safetensors").rename(shared)
+    safetensors.numpy.save_file({"own": np.zeros(2 * MIB, np.uint8)}, own)
+    placed = dict.fromkeys(safetensors.numpy.load_file(shared), shared.name)
+    index = json.dumps({"weight_map": {**placed, "own": own.name}})
+    (one.directory / "model.safetensors.index.json").write_text(index)
+    one.fails_name = own.name
+    with running(tmp_path) as store:
+        one.may_read.clear()
+        with store.hold(spec("one", one.uri)) as first, store.hold(spec("two", two.uri)) as second:
+            assert second.extents[0] in first.extents
+            one.may_read.set()
+            with pytest.raises(SourceError, match="model-own"):
+                first.arrival.wait()
+            second.arrival.wait()
+            assert image(store, "two") == weights(two)
+            with pytest.raises(ConflictError):
+                store.lease(ModelId("one"))
+        assert store.usage().used == 30 * MIB
+
+
+def test_a_model_that_is_wanted_again_while_its_read_is_stopped_is_read(tmp_path, remote):
+    remote.may_read.clear()
+    with running(tmp_path) as store:
+        store.hold(spec()).release()
+        store.forget(M)  # nobody needs it: the read is told to stop
+        with store.hold(spec()) as again:
+            remote.may_read.set()
+            again.arrival.wait()
+            assert image(store) == weights(remote)
