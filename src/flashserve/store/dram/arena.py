@@ -6,11 +6,8 @@ neither through the descriptor nor by opening it again through /proc, and none c
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import ctypes
-import dataclasses
-import enum
 import errno
 import fcntl
 import mmap
@@ -18,10 +15,28 @@ import os
 import threading
 from collections.abc import Iterable
 
-from flashserve.errors import ConflictError, InputError, ModelTooLargeError, UnavailableError
+from flashserve.errors import InputError
 from flashserve.store.dram.memory import Placement, huge_page_bytes, place, sealed_copy
+from flashserve.store.dram.zone import (
+    EXTENT_ALIGNMENT,
+    PACKED_ALIGNMENT,
+    ArenaUsage,
+    Extent,
+    ExtentState,
+    Zone,
+    extent_bytes,
+)
 
-EXTENT_ALIGNMENT = 2 << 20
+__all__ = [
+    "EXTENT_ALIGNMENT",
+    "Arena",
+    "ArenaUsage",
+    "Extent",
+    "ExtentState",
+    "Zone",
+    "attach",
+    "extent_bytes",
+]
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module of 3.11 does not name it
 _PREFAULT_PIECE_BYTES = 16 << 20
@@ -32,77 +47,53 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
-def extent_bytes(num_bytes: int) -> int:
-    """What an image of `num_bytes` takes of an arena."""
-    return max(-(-num_bytes // EXTENT_ALIGNMENT), 1) * EXTENT_ALIGNMENT
-
-
 def attach(fd: int, num_bytes: int) -> mmap.mmap:
     """Maps an inherited arena read-only, whole."""
     return mmap.mmap(fd, num_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
 
 
-class ExtentState(enum.Enum):
-    FILLING = "filling"
-    SEALED = "sealed"
-    FREED = "freed"
+class Arena(Zone):
+    """A fixed amount of shared memory. Itself it gives out extents of whole 2 MiB, for models.
 
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Extent:
-    """A range of the arena. Only the arena writes these fields.
-
-    offset is stable while the extent is filling or leased; otherwise making room may move it.
+    `packed` is the zone at its end, for adapters: many small files, in extents of whole 64 KiB.
+    Neither takes room from the other.
     """
 
-    offset: int
-    num_bytes: int
-    state: ExtentState = ExtentState.FILLING
-    num_leases: int = 0
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.num_bytes
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ArenaUsage:
-    """Bytes: used + free == total."""
-
-    total: int
-    used: int
-    free: int
-
-
-class Arena:
-    """A fixed amount of shared memory, given out in extents of whole 2 MiB.
-
-    Thread-safe. An extent goes FILLING -> SEALED -> FREED, or FILLING -> FREED when reading it
-    failed. A leased extent is neither freed nor moved.
-    """
-
-    def __init__(self, num_bytes: int, *, prefault: bool = False, huge_pages: bool = True) -> None:
+    def __init__(
+        self,
+        num_bytes: int,
+        *,
+        prefault: bool = False,
+        huge_pages: bool = True,
+        packed_bytes: int = 0,
+    ) -> None:
         """Takes `num_bytes`, rounded down to whole 2 MiB.
 
         Args:
             num_bytes: the size for good.
             prefault: take the memory from the kernel at once, in the background.
             huge_pages: ask for huge pages where the kernel has them for shared memory.
+            packed_bytes: how much of it is the zone for adapters, rounded down to whole 2 MiB.
 
         Raises:
             InputError: less than 2 MiB, or more than the kernel maps.
         """
         self.num_bytes = num_bytes // EXTENT_ALIGNMENT * EXTENT_ALIGNMENT
-        if self.num_bytes <= 0:
-            raise InputError(f"an arena of {num_bytes} bytes is too small: give it 2 MiB or more")
+        packed_bytes = packed_bytes // EXTENT_ALIGNMENT * EXTENT_ALIGNMENT
+        model_bytes = self.num_bytes - packed_bytes
+        if model_bytes <= 0:
+            raise InputError(
+                f"an arena of {num_bytes} bytes, {packed_bytes} of them for adapters, is too "
+                "small: give it 2 MiB or more for models"
+            )
         self.fd, self._map = _create(self.num_bytes)
-        self._view = memoryview(self._map)
-        self._address = ctypes.addressof(ctypes.c_ubyte.from_buffer(self._view))
-        self.placement: Placement = place(self._address, self.num_bytes, huge_pages=huge_pages)
-        self._lock = threading.Lock()
-        # Sorted by offset. Extents do not overlap; what lies between them is free.
-        self._extents: list[Extent] = []
-        self._prefaulter = _Prefaulter(self._address, self.num_bytes) if prefault else None
+        view = memoryview(self._map)
+        address = ctypes.addressof(ctypes.c_ubyte.from_buffer(view))
+        super().__init__(view, address, (0, model_bytes), EXTENT_ALIGNMENT, "node.dram_bytes")
+        bounds = (model_bytes, self.num_bytes)
+        self.packed = Zone(view, address, bounds, PACKED_ALIGNMENT, "node.adapter_bytes")
+        self.placement: Placement = place(address, self.num_bytes, huge_pages=huge_pages)
+        self._prefaulter = _Prefaulter(address, self.num_bytes) if prefault else None
 
     @property
     def prefaulted_bytes(self) -> int:
@@ -122,74 +113,6 @@ class Arena:
     def huge_page_bytes(self) -> int:
         """How much of the arena is mapped with huge pages; asks the kernel where it may be any."""
         return huge_page_bytes(self._address) if self.placement.huge_pages else 0
-
-    def usage(self) -> ArenaUsage:
-        with self._lock:
-            used = sum(extent.num_bytes for extent in self._extents)
-        return ArenaUsage(self.num_bytes, used, self.num_bytes - used)
-
-    def allocate(self, num_bytes: int) -> Extent:
-        """A FILLING extent of at least `num_bytes`, in the smallest gap that holds it.
-
-        When only scattered gaps are left, extents that nobody leases are moved together.
-
-        Raises:
-            ModelTooLargeError: the whole arena is smaller.
-            UnavailableError: there is no room now.
-        """
-        size = extent_bytes(num_bytes)
-        if size > self.num_bytes:
-            raise ModelTooLargeError(
-                f"{num_bytes} bytes do not fit into the arena of {self.num_bytes} bytes: raise "
-                "node.dram_bytes"
-            )
-        with self._lock:
-            free = self.num_bytes - sum(extent.num_bytes for extent in self._extents)
-            offset = self._find(size) if size <= free else None
-            if offset is None and size <= free:
-                self._compact()
-                offset = self._find(size)
-            if offset is None:
-                raise UnavailableError(
-                    f"no room for {size} bytes: {free} of the arena's {self.num_bytes} are free, "
-                    "the rest holds other models"
-                )
-            extent = Extent(offset, size)
-            bisect.insort(self._extents, extent, key=lambda each: each.offset)
-            return extent
-
-    def memory(self, extent: Extent) -> memoryview:
-        """The bytes of a filling or leased extent. Release the view before the extent."""
-        return self._view[extent.offset : extent.end]
-
-    def seal(self, extent: Extent) -> None:
-        """The extent's bytes are complete and will not change again."""
-        with self._lock:
-            assert extent.state is ExtentState.FILLING
-            extent.state = ExtentState.SEALED
-
-    def lease(self, extent: Extent) -> None:
-        """Keeps a sealed extent where it is until `release`."""
-        with self._lock:
-            assert extent.state is ExtentState.SEALED
-            extent.num_leases += 1
-
-    def release(self, extent: Extent) -> None:
-        with self._lock:
-            assert extent.num_leases > 0
-            extent.num_leases -= 1
-
-    def free(self, extent: Extent) -> None:
-        """Makes the extent's bytes available.
-
-        Raises:
-            ConflictError: it is leased.
-        """
-        with self._lock:
-            if extent.num_leases:
-                raise ConflictError(f"an extent with {extent.num_leases} leases cannot be freed")
-            self._extents.remove(extent)
-            extent.state = ExtentState.FREED
 
     def copy_out(self, extents: Iterable[tuple[int, int]]) -> int:
         """A copy of some of the arena's bytes, for a process that is no worker.
@@ -221,30 +144,6 @@ class Arena:
         with contextlib.suppress(BufferError):
             self._view.release()
             self._map.close()
-
-    def _find(self, size: int) -> int | None:
-        """The offset of the smallest gap of at least `size` bytes."""
-        gaps: list[tuple[int, int]] = []
-        begin = 0
-        for end, after in [(each.offset, each.end) for each in self._extents] + [
-            (self.num_bytes, self.num_bytes)
-        ]:
-            if end - begin >= size:
-                gaps.append((end - begin, begin))
-            begin = after
-        return min(gaps)[1] if gaps else None
-
-    def _compact(self) -> None:
-        """Moves every sealed extent without a lease down to the end of the one before it."""
-        begin = 0
-        for extent in self._extents:
-            is_movable = extent.state is ExtentState.SEALED and not extent.num_leases
-            if is_movable and extent.offset > begin:
-                ctypes.memmove(
-                    self._address + begin, self._address + extent.offset, extent.num_bytes
-                )
-                extent.offset = begin
-            begin = extent.end
 
 
 def _create(num_bytes: int) -> tuple[int, mmap.mmap]:
