@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from flashserve.errors import ConflictError, ModelTooLargeError, UnavailableError
 from flashserve.store.checkpoint.listing import SourceFile
 from flashserve.store.checkpoint.snapshot import Snapshot
-from flashserve.store.dram.arena import Arena, ExtentState, extent_bytes
+from flashserve.store.dram.arena import ExtentState, Zone
 from flashserve.store.images import Claimant, FileImage, Fill, Image
 from flashserve.store.origin import Origin
 from flashserve.types import ModelId
@@ -26,7 +26,7 @@ class Shelf:
     and lease.
     """
 
-    def __init__(self, arena: Arena) -> None:
+    def __init__(self, arena: Zone) -> None:
         self._arena = arena
         self._lock = threading.RLock()
         self._unpinned = threading.Condition(self._lock)
@@ -309,20 +309,19 @@ class Shelf:
             self._drop_file(file)
 
     def _check_room(self, snapshot: Snapshot, files: Sequence[SourceFile]) -> None:
-        total = self._arena.num_bytes
-        needed = sum(extent_bytes(file.num_bytes) for file in files)
-        if needed > total:
+        usage = self._arena.usage()
+        needed = sum(self._arena.extent_bytes(file.num_bytes) for file in files)
+        if needed > usage.total:
             raise ModelTooLargeError(
                 f"{snapshot.uri} holds {snapshot.size_bytes} bytes of weights and needs {needed} "
-                f"of memory; the arena has {total}: raise node.dram_bytes"
+                f"of memory; the arena has {usage.total}: raise {self._arena.setting}"
             )
         missing = {file.identity: file for file in files if file.identity not in self._files}
-        needed = sum(extent_bytes(file.num_bytes) for file in missing.values())
-        free = self._arena.usage().free
-        if needed > free:
+        needed = sum(self._arena.extent_bytes(file.num_bytes) for file in missing.values())
+        if needed > usage.free:
             raise UnavailableError(
-                f"no room for {needed} bytes of {snapshot.uri}: {free} of the arena's {total} are "
-                "free, the rest holds other models"
+                f"no room for {needed} bytes of {snapshot.uri}: {usage.free} of the arena's "
+                f"{usage.total} are free, the rest holds others"
             )
 
     def _attach(self, model_id: ModelId, image: Image) -> None:

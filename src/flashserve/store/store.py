@@ -104,11 +104,11 @@ class Store:
             DeployError: it cannot be served; one line that says which file and why.
         """
         snapshot = self._origins.snapshot(self._origins.look(uri))
-        needed = snapshot.arena_bytes
-        if needed > self.arena.num_bytes:
+        needed, total = snapshot.arena_bytes, self.usage().total
+        if needed > total:
             raise ModelTooLargeError(
                 f"{snapshot.uri} holds {snapshot.size_bytes} bytes of weights and needs {needed} "
-                f"of memory; the arena has {self.arena.num_bytes}: raise node.dram_bytes"
+                f"of memory; the arena has {total}: raise node.dram_bytes"
             )
         return snapshot
 
