@@ -351,6 +351,51 @@ def test_a_snapshot_has_every_tensor_of_every_type(tmp_path):
             tensors["other"]
 
 
+NUMPY_USER = """
+import sys
+import numpy
+from flashserve import open_snapshot
+
+with open_snapshot(sys.argv[1], data_dir=sys.argv[2]) as tensors:
+    for name in ("f32", "f16", "i8", "bool"):
+        print(name, tensors[name].dtype, tensors[name].sum())
+    for name in ("bf16", "fp8", "fp8-e5"):
+        print(tensors[name].dtype, tensors[name].numpy().dtype, tensors[name].shape)
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+
+
+def test_a_user_of_numpy_needs_no_torch(node, tmp_path):
+    path = save_numbers(tmp_path / "model")
+    for data_dir in (node.data_dir, tmp_path / "nobody"):
+        command = [sys.executable, "-c", NUMPY_USER, str(path), str(data_dir)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert output.splitlines() == [
+            "f32 float32 15.0",
+            "f16 float16 6.0",
+            "i8 int8 0",
+            "bool bool 1",
+            "BF16 uint16 (3, 2)",
+            "F8_E4M3 uint8 (3, 2)",
+            "F8_E5M2 uint8 (3,)",
+        ]
+
+
+def test_a_sharded_snapshot_has_the_tensors_of_all_its_files(node, tmp_path):
+    path = save("llama", tmp_path / "model", torch.float16, max_shard_size="20KB")
+    wanted = {
+        name: tensor
+        for file in path.glob("*.safetensors")
+        for name, tensor in safetensors.torch.load_file(file).items()
+    }
+    assert len(list(path.glob("*.safetensors"))) > 1
+    for data_dir in (node.data_dir, tmp_path / "nobody"):
+        with open_snapshot(path, data_dir=data_dir) as tensors:
+            assert set(tensors) == set(wanted)
+            for name, tensor in wanted.items():
+                assert np.array_equal(tensors[name], tensor.numpy()), name
+
+
 def test_a_closed_snapshot_has_given_up_its_lease_and_refuses_without_a_crash(node, tmp_path):
     path = save_numbers(tmp_path / "model")
     with open_snapshot(path, data_dir=node.data_dir) as tensors:
