@@ -208,8 +208,12 @@ class Generation:
         raise InternalError(f"the replica ended request {self.request_id} without a last token")
 
     async def _emit(self, chunk: TextChunk, batch: TokenBatch) -> None:
-        first_emitted_at = batch.tokens[0].emitted_at
-        self._stopwatch.token(first_emitted_at, self._runtime.clock.now(), batch.waited_s)
+        self._stopwatch.token(
+            batch.tokens[0].emitted_at,
+            self._runtime.clock.now(),
+            batch.waited_s,
+            is_fetched=batch.is_fetched,
+        )
         await self._buffer.put(chunk)
 
 

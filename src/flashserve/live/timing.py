@@ -79,12 +79,15 @@ class Stopwatch:
             waited_s = self._dispatched_at - self._arrived_at
             self.receipt.gateway_in_s = max(at - self._received_at - waited_s, 0.0)
 
-    def token(self, emitted_at: float, at: float, waited_s: float = 0.0) -> None:
+    def token(
+        self, emitted_at: float, at: float, waited_s: float = 0.0, *, is_fetched: bool = False
+    ) -> None:
         """Tokens that a worker knew at `emitted_at` are here `at`; the first ones count.
 
         Args:
             waited_s: how long the replica, dispatched to before all weights were there, waited
                 for them. That is a part of the cold start, not of the prefill.
+            is_fetched: they came from far, whoever had asked for them first.
         """
         if self._first_token_at is not None:
             return
@@ -93,7 +96,7 @@ class Stopwatch:
         since_dispatch_s = max(emitted_at - self._dispatched_at, 0.0)
         waited_s = min(max(waited_s, 0.0), since_dispatch_s)
         actual = self.receipt.actual
-        if self.receipt.tier is Tier.REMOTE:
+        if is_fetched:
             actual = dataclasses.replace(actual, fetch_s=actual.fetch_s + waited_s)
         else:
             actual = dataclasses.replace(actual, dram_s=actual.dram_s + waited_s)

@@ -202,13 +202,15 @@ class TokenBatch:
 
     The other fields are those of the first item. added_at: time.monotonic() when the engine
     accepted the sequence; waited_s: how long it then waited for weights that were on their way;
-    num_reused: tokens of the prompt whose keys and values were in the cache.
+    num_reused: tokens of the prompt whose keys and values were in the cache; is_fetched, which the
+    agent adds: the weights were on their way from far.
     """
 
     tokens: tuple[TokenOutput, ...]
     added_at: float | None = None
     waited_s: float = 0.0
     num_reused: int = 0
+    is_fetched: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

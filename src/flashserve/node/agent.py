@@ -131,7 +131,8 @@ class Agent:
         stream = replica.stream(job)
         try:
             async for batch in stream:
-                yield batch
+                is_fetched = batch.waited_s > 0 and replica.is_fetched
+                yield dataclasses.replace(batch, is_fetched=True) if is_fetched else batch
         finally:
             stream.cancel()
 

@@ -19,6 +19,7 @@ class Landing:
     def __init__(self, arrival: Arrival, on_opened: Callable[[int], None]) -> None:
         self.num_groups = arrival.num_groups
         self.num_open = arrival.num_open
+        self.is_fetched = arrival.is_fetched
         loop = asyncio.get_running_loop()
         self.report: asyncio.Future[StageReport] = loop.create_future()
         """Done when all is there, or with the FlashServeError of what will not come."""

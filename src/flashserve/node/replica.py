@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 import structlog
 
-from flashserve.errors import FlashServeError, InternalError, ReplicaError
+from flashserve.errors import FlashServeError, InternalError, ReplicaError, UnavailableError
 from flashserve.messages.commands import StartReplica
 from flashserve.messages.events import (
     Evicted,
@@ -44,8 +44,9 @@ _UNLOAD_TIMEOUT_S = 60.0
 class Replica:
     """Its claims on a worker and on arena bytes are made at once, so they follow the orders.
 
-    Exactly one of ReplicaStopped, ReplicaFailed and ReplicaLost is its last event. The lease is
-    given back when the worker has confirmed that it holds the model no more, or has died.
+    Exactly one of ReplicaStopped, ReplicaFailed and ReplicaLost is its last event, but for what
+    becomes of bytes that are still arriving by then. The lease is given back when the worker has
+    confirmed that it holds the model no more, or has died.
 
     Args:
         emit: takes every event.
@@ -67,6 +68,7 @@ class Replica:
         self.is_spoilt = False
         """Its bytes were damaged, or did not all come."""
         self._pool = pool
+        self._store = store
         self._emit = emit
         self._on_staged = on_staged
         self._ordered_at = time.monotonic()
@@ -82,6 +84,11 @@ class Replica:
     @property
     def is_ending(self) -> bool:
         return self._ended.done()
+
+    @property
+    def is_fetched(self) -> bool:
+        """Its bytes come, or came, from far away."""
+        return self._landing is not None and self._landing.is_fetched
 
     @property
     def worker(self) -> Worker | None:
@@ -147,8 +154,7 @@ class Replica:
     async def _start(self) -> ReplicaReady:
         held = await self._operation.result()
         held_at = time.monotonic()
-        self._landing = landing = Landing(held.lease.arrival, self._relay)
-        landing.report.add_done_callback(lambda report: self._landed(held, report))
+        landing = self._follow(held)
         worker = await asyncio.shield(self._claim)
         order = held.load_order(landing.num_open)
         waited = self._waited(held_at)
@@ -161,6 +167,11 @@ class Replica:
         init_s = max(0.0, time.monotonic() - told_at - loaded.device_s)
         phases = dataclasses.replace(waited, device_s=loaded.device_s, init_s=init_s)
         return ReplicaReady(*self._names(), phases)
+
+    def _follow(self, held: HeldModel) -> Landing:
+        self._landing = landing = Landing(held.lease.arrival, self._relay)
+        landing.report.add_done_callback(lambda report: self._landed(held, report))
+        return landing
 
     def _waited(self, held_at: float) -> Phases:
         """What it took until the worker could be told to load: bytes, then the worker.
@@ -185,16 +196,25 @@ class Replica:
             worker.channel.notify("opened", Opened(self.order.model.model_id, num_open))
 
     def _landed(self, held: HeldModel, report: asyncio.Future[StageReport]) -> None:
-        """All bytes are there, or the rest will not come."""
-        if self.is_ending:
-            return
+        """All bytes are there, or the rest will not come; perhaps after its own end, when they
+        may have been evicted at once.
+        """
+        model, was_ending = self.order.model, self.is_ending
+        is_here = self._store.holds(model.model_id)
         try:
             moved = report.result()
         except FlashServeError as error:
-            self._arrival_failed(error)
+            if not was_ending:
+                self._arrival_failed(error)
+            elif not is_here and not isinstance(error, UnavailableError):  # nobody stopped it
+                self._emit(Evicted(self.order.node_id, model.model_id, Tier.DRAM))
             return
-        model = self.order.model
-        for event in staged_events(self.order.node_id, model, moved):
+        if was_ending and not is_here:
+            return
+        events = staged_events(self.order.node_id, model, moved)
+        if was_ending and not events:  # somebody else's read
+            events = [Staged(self.order.node_id, model.model_id, Tier.DRAM, 0, 0.0)]
+        for event in events:
             self._emit(event)
         self._on_staged(model.model_id, held.hint)
 
@@ -212,8 +232,14 @@ class Replica:
     async def _give_back(self) -> None:
         if (worker := self.worker) and self._was_told_to_load:
             await _empty(worker)
-        self._operation.abandon(lambda held: held.lease.release())
+        self._operation.abandon(self._leave)
         self._pool.release(self._claim)
+
+    def _leave(self, held: HeldModel) -> None:
+        """Nobody here needs the bytes, which may go on arriving."""
+        if self._landing is None:
+            self._follow(held)
+        held.lease.release()
 
     def _end(self, last: NodeEvent | None) -> None:
         if not self._ended.done():

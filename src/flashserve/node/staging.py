@@ -112,6 +112,10 @@ class StoreQueue:
         operation.task.add_done_callback(self._evictions.discard)
         return operation
 
+    def holds(self, model_id: ModelId) -> bool:
+        """Whether bytes of the model are in DRAM, or on their way."""
+        return self._store.dram_bytes(model_id) > 0
+
     async def run(self, work: Callable[[], T]) -> T:
         """Something that needs no order, in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)

@@ -46,6 +46,7 @@ class HeldStore(Store):
     """The bytes are there, but say so only group by group, when the test opens them."""
 
     holds_back = True
+    is_fetched = False
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -56,7 +57,9 @@ class HeldStore(Store):
         lease.arrival.wait()
         if self.holds_back:
             report = StageReport(100, 0.0, 1.5)
-            lease.arrival = Arrival([1] * NUM_GROUPS, report=lambda _: report)
+            lease.arrival = Arrival(
+                [1] * NUM_GROUPS, report=lambda _: report, is_fetched=self.is_fetched
+            )
             self.arrivals.append(lease.arrival)
         return lease
 
@@ -199,11 +202,11 @@ def test_a_worker_that_is_killed_while_bytes_arrive_is_replaced(tmp_path: pathli
                 await answer
             await bench.events.next(ReplicaLost, replica_id="m#1")
             store.open(NUM_GROUPS - 1)  # nobody waits for them any more
+            assert (await bench.events.next(Staged)).num_bytes == 100
             store.holds_back = False
             await bench.started("m#2", model)
             assert await bench.tokens("m#2", job("s", 1)) == [1000]
             assert bench.num_leases() == 1
-            assert bench.events.of(Staged) == []
 
     run(check())
 
@@ -225,6 +228,74 @@ def test_a_replica_can_be_stopped_while_a_request_waits_for_bytes(tmp_path: path
             await bench.started("m#2", model)
             assert await bench.tokens("m#2", job("s", 1)) == [1000]
             assert bench.worker_pids() == pids
+
+    run(check())
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_bytes_that_arrive_after_their_replica_was_stopped_are_told(
+    tmp_path: pathlib.Path, is_held: bool
+) -> None:
+    """They stay in DRAM, so the controller must count them; not held: it never got its lease."""
+
+    async def check() -> None:
+        async with held_back(make_settings(tmp_path)) as (bench, store):
+            model = fake_model(tmp_path, "m")
+            bench.start("m#1", model)
+            if is_held:
+                await bench.events.next(ReplicaReady)
+            else:
+                await bench.until(lambda: bool(store.arrivals))
+            await stop(bench, "m#1", model)
+            await bench.until(lambda: bench.num_leases() == 0)
+            assert bench.events.of(Staged) == []
+            store.open(NUM_GROUPS)
+            staged = await bench.events.next(Staged)
+            assert (staged.model_id, staged.tier, staged.num_bytes) == ("m", Tier.DRAM, 100)
+
+    run(check())
+
+
+def test_bytes_that_were_evicted_or_failed_after_a_stop_are_not_told_to_be_there(
+    tmp_path: pathlib.Path,
+) -> None:
+    async def check() -> None:
+        async with held_back(make_settings(tmp_path)) as (bench, store):
+            model = fake_model(tmp_path, "m")
+            for replica in ("m#1", "m#2"):
+                await bench.started(replica, model)
+                await stop(bench, replica, model)
+                bench.evict(model)
+                await bench.events.next(Evicted)
+                if replica == "m#1":
+                    store.open(NUM_GROUPS)
+                else:
+                    store.arrivals[-1].fail(CheckpointError("m is damaged"))
+                    await bench.events.next(Evicted, model_id="m", tier=Tier.DRAM)
+            assert bench.events.of(Staged) == []
+
+    run(check())
+
+
+def test_who_waits_for_bytes_from_far_is_told_so(tmp_path: pathlib.Path) -> None:
+    """Also who came when the replica was ready; its agent knows, not its worker."""
+
+    async def check() -> None:
+        async with held_back(make_settings(tmp_path)) as (bench, store):
+            store.is_fetched = True
+            await bench.started("m#1", fake_model(tmp_path, "m"))
+
+            async def read() -> list[TokenBatch]:
+                return [batch async for batch in bench.node.generate(ReplicaId("m#1"), job("s"))]
+
+            reading = asyncio.create_task(read())
+            while (await asyncio.sleep(0.01)) or store.arrivals[-1].num_open < NUM_GROUPS:
+                store.open(1)
+            batches = await reading
+            assert [batch.is_fetched for batch in batches] == [
+                batch.waited_s > 0 for batch in batches
+            ]
+            assert batches[0].is_fetched
 
     run(check())
 

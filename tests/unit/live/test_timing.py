@@ -81,21 +81,23 @@ def test_a_cold_request_shows_prediction_and_start_and_leaves_both_out_of_the_ga
 
 
 def test_waiting_for_weights_after_the_dispatch_is_part_of_the_cold_start() -> None:
-    for tier, phase in ((Tier.DISK, "dram_s"), (Tier.REMOTE, "fetch_s")):
+    for is_fetched, phase in ((False, "dram_s"), (True, "fetch_s")):
         watch = stopwatch()
-        watch.dispatched(dispatch(Phases(**{phase: 1.0}, init_s=2.0), tier), 103.0)
-        watch.token(emitted_at=108.0, at=108.0, waited_s=4.5)
+        watch.dispatched(dispatch(Phases(**{phase: 1.0}, init_s=2.0), Tier.REMOTE), 103.0)
+        watch.token(emitted_at=108.0, at=108.0, waited_s=4.5, is_fetched=is_fetched)
         watch.token(emitted_at=109.0, at=109.0, waited_s=9.0)
         assert watch.receipt.actual == Phases(**{phase: 5.5}, init_s=2.0, prefill_s=0.5)
         assert watch.prefill_s == 0.5
 
 
 def test_a_request_that_comes_while_weights_arrive_waits_for_a_cold_start_too() -> None:
-    watch = stopwatch()
-    watch.dispatched(dispatch(), 100.0)
-    watch.token(emitted_at=102.0, at=102.0, waited_s=1.5)
-    assert watch.receipt.cold
-    assert watch.receipt.actual == Phases(dram_s=1.5, prefill_s=0.5)
+    """Its replica was ready before, and says where the weights come from."""
+    for is_fetched, phase in ((False, "dram_s"), (True, "fetch_s")):
+        watch = stopwatch()
+        watch.dispatched(dispatch(), 100.0)
+        watch.token(emitted_at=102.0, at=102.0, waited_s=1.5, is_fetched=is_fetched)
+        assert watch.receipt.cold
+        assert watch.receipt.actual == Phases(**{phase: 1.5}, prefill_s=0.5)
 
 
 def test_no_more_waiting_counts_than_there_was_time_since_the_dispatch() -> None:
