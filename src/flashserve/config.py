@@ -158,6 +158,13 @@ class EngineSettings(_Section):
     max_batch_sequences: PositiveInt = 32
     max_batch_tokens: PositiveInt = 512
     """Tokens of one step, prompts and decodes together; a longer prompt is prefilled in chunks."""
+    adapter_bytes: Bytes = 256 << 20
+    """Memory for LoRA adapters, per worker; taken when the first one is used."""
+    max_lora_rank: PositiveInt = 128
+    """An adapter of a higher rank is refused."""
+    adapter_patience_steps: int = Field(64, ge=0)
+    """A sequence whose adapter finds no memory is passed over in so many steps; then nobody behind
+    it starts before it does."""
     reuse_prefixes: bool = True
     batch_invariant: bool = False
     """Make bf16 results on CPU independent of what else is in the batch, at some cost."""

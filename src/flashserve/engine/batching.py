@@ -3,15 +3,41 @@
 When blocks run out, the sequence that was admitted last gives all of its blocks back and waits
 again at the front; its tokens are computed anew when there is room (preemption by recompute).
 The sequence that was admitted first can therefore always go on, and every sequence finishes.
+
+A sequence whose adapter finds no room in the device's memory is passed over by those behind it
+that need no room, in a bounded number of steps. Then nobody behind it is admitted before it is;
+what runs comes to its end, and with it the claims on that memory.
 """
 
 from __future__ import annotations
 
 import collections
+import enum
 from collections.abc import Iterator
+from typing import Protocol
 
 from flashserve.engine.blocks import BlockPool, chain_digest, root_digest
 from flashserve.engine.sequence import Segment, Sequence
+from flashserve.types import AdapterId
+
+
+class AdapterRoom(Protocol):
+    """The device's memory for adapters; see engine/lora/cache.py."""
+
+    def pin(self, adapter_id: AdapterId, *, may_load: bool) -> bool:
+        """Keeps the adapter there until `unpin`; false if it is not there and cannot be now.
+
+        Args:
+            may_load: take room for it that nobody has pinned.
+        """
+
+    def unpin(self, adapter_id: AdapterId) -> None: ...
+
+
+class _Admission(enum.Enum):
+    DONE = enum.auto()
+    NO_ROOM = enum.auto()
+    NO_ADAPTER = enum.auto()
 
 
 class Batcher:
@@ -24,6 +50,8 @@ class Batcher:
         reuse_prefixes: look for blocks of equal prefixes.
         whole_prompts: compute each prompt as one segment, however long, and each emitted token as
             a segment of its own, so that the shapes of a sequence's segments depend on it alone.
+        adapters: needed if any sequence has one.
+        adapter_patience: steps in which a sequence is passed over for want of its adapter.
     """
 
     def __init__(
@@ -34,12 +62,16 @@ class Batcher:
         *,
         reuse_prefixes: bool = True,
         whole_prompts: bool = False,
+        adapters: AdapterRoom | None = None,
+        adapter_patience: int = 0,
     ) -> None:
         self._pool = pool
         self._max_sequences = max_sequences
         self._max_tokens = max_tokens
         self._reuse_prefixes = reuse_prefixes
         self._whole_prompts = whole_prompts
+        self._adapters = adapters
+        self._adapter_patience = adapter_patience
         self._waiting: collections.deque[Sequence] = collections.deque()
         self._running: list[Sequence] = []  # in the order of admission
         self._by_id: dict[str, Sequence] = {}
@@ -70,20 +102,34 @@ class Batcher:
         sequence = self._by_id.pop(sequence_id)
         if sequence in self._running:
             self._running.remove(sequence)
+            self._unpin(sequence)
         else:
             self._waiting.remove(sequence)
         self._give_back(sequence)
 
     def schedule(self) -> list[Segment]:
-        """The segments of the next step; empty only when there is no sequence at all."""
+        """The segments of the next step.
+
+        Empty only when there is no sequence at all, or none of them runs or can be given its
+        adapter yet.
+        """
         plan = _Plan(self._max_tokens)
         preempted = False
         for sequence in sorted(self._running, key=lambda item: item.num_pending > 1):
             if sequence in self._running and plan.budget > 0:
                 preempted |= not self._extend(sequence, plan)
-        while not preempted and self._waiting and self._admit(self._waiting[0], plan):
-            pass
+        if not preempted:
+            self._admit_waiting(plan)
         return list(plan.segments())
+
+    def waiting_for(self, adapter_id: AdapterId) -> list[Sequence]:
+        """The sequences of an adapter that do not run."""
+        return [item for item in list(self._waiting) if item.adapter_id == adapter_id]
+
+    @property
+    def waiting_adapters(self) -> set[AdapterId]:
+        """The adapters of sequences that do not run."""
+        return {item.adapter_id for item in list(self._waiting) if item.adapter_id is not None}
 
     def commit(self, segments: list[Segment]) -> None:
         """Records that the segments of the last `schedule` are computed."""
@@ -107,17 +153,38 @@ class Batcher:
         plan.put(sequence, [(sequence.num_computed, sequence.num_computed + num_tokens)])
         return kept_all
 
-    def _admit(self, sequence: Sequence, plan: _Plan) -> bool:
-        """Plans the first tokens of a waiting sequence if the step and the pool have room."""
+    def _admit_waiting(self, plan: _Plan) -> None:
+        """Admits from the front; passes over those whose adapters have no room, within limits."""
+        passed: list[Sequence] = []
+        overtaken: set[Sequence] = set()
+        while len(passed) < len(self._waiting):
+            sequence = self._waiting[len(passed)]
+            # Room goes to whoever waits for it first; those behind may use what is there.
+            admission = self._admit(sequence, plan, may_load=not passed)
+            if admission is _Admission.NO_ROOM:
+                break
+            if admission is _Admission.DONE:
+                overtaken.update(passed)
+            elif sequence.num_passed_over >= self._adapter_patience:
+                break
+            else:
+                passed.append(sequence)
+        for sequence in overtaken:
+            sequence.num_passed_over += 1
+
+    def _admit(self, sequence: Sequence, plan: _Plan, *, may_load: bool) -> _Admission:
+        """Plans the first tokens of a waiting sequence if the step and the pools have room."""
         if plan.budget <= 0 or len(self._running) >= self._max_sequences:
-            return False
+            return _Admission.NO_ROOM
         if self._whole_prompts and plan and sequence.num_pending > plan.budget:
-            return False
+            return _Admission.NO_ROOM
         reused = list(self._find_prefix(sequence))
         num_new = self._pool.blocks_for(len(sequence.tokens)) - len(reused)
         num_revived = sum(not self._pool.is_used(block) for block in reused)
         if num_new + num_revived > self._pool.num_available:
-            return False
+            return _Admission.NO_ROOM
+        if not self._pin(sequence, may_load=may_load):
+            return _Admission.NO_ADAPTER
         for block in reused:
             self._pool.share(block)
         sequence.blocks = reused
@@ -125,13 +192,24 @@ class Batcher:
         sequence.num_computed = len(reused) * self._pool.block_tokens
         if not sequence.num_preemptions:
             sequence.num_reused = sequence.num_computed
-        self._waiting.popleft()
+        self._waiting.remove(sequence)
         self._running.append(sequence)
         spans = self._first_spans(sequence, plan)
         reserved = self._reserve(sequence, spans[-1][1])
         assert reserved
         plan.put(sequence, spans)
-        return True
+        return _Admission.DONE
+
+    def _pin(self, sequence: Sequence, *, may_load: bool) -> bool:
+        if sequence.adapter_id is None:
+            return True
+        assert self._adapters is not None
+        return self._adapters.pin(sequence.adapter_id, may_load=may_load)
+
+    def _unpin(self, sequence: Sequence) -> None:
+        if sequence.adapter_id is not None:
+            assert self._adapters is not None
+            self._adapters.unpin(sequence.adapter_id)
 
     def _first_spans(self, sequence: Sequence, plan: _Plan) -> list[tuple[int, int]]:
         begin = sequence.num_computed
@@ -152,6 +230,7 @@ class Batcher:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
+        self._unpin(sequence)
         self._give_back(sequence)
         sequence.num_preemptions += 1
         self._waiting.appendleft(sequence)

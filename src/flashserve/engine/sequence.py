@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from flashserve.messages.work import GenerateJob
-from flashserve.types import SamplingParams
+from flashserve.types import AdapterId, SamplingParams
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -34,6 +34,9 @@ class Sequence:
     num_reused: int = 0
     """Prompt tokens whose keys and values another sequence had left in the cache."""
     num_preemptions: int = 0
+    adapter_id: AdapterId | None = None
+    num_passed_over: int = 0
+    """Steps that admitted another one behind it, because its adapter had no room."""
 
     @classmethod
     def from_job(cls, job: GenerateJob, seed: int) -> Sequence:
@@ -43,9 +46,10 @@ class Sequence:
             tokens=[*job.prompt_ids, *job.emitted_ids],
             num_prompt=len(job.prompt_ids),
             seed=seed,
-            salt=job.salt,
+            salt=_salt(job),
             reuse_prefix=job.reuse_prefix,
             num_given=len(job.emitted_ids),
+            adapter_id=job.adapter_id,
         )
 
     @property
@@ -76,3 +80,8 @@ class Segment:
     def samples(self) -> bool:
         """The logits of its last row give the sequence's next token."""
         return self.end == len(self.sequence.tokens)
+
+
+def _salt(job: GenerateJob) -> str:
+    """The adapter's identifier is part of it, whatever the job says: its keys are nobody else's."""
+    return job.salt if job.adapter_id is None else f"{job.adapter_id}\0{job.salt}"
