@@ -206,6 +206,19 @@ def test_groups_open_while_the_rest_is_on_its_way(tmp_path, remote):
         assert told[-1] == lease.arrival.num_groups == 6
 
 
+def test_who_joins_a_fetch_waits_for_a_fetch(tmp_path, remote):
+    remote.may_read.clear()
+    with running(tmp_path) as store, store.hold(spec()) as first, store.hold(spec("n")) as second:
+        assert first.arrival.is_fetched
+        assert second.arrival.is_fetched
+        remote.may_read.set()
+        reports = first.arrival.wait(), second.arrival.wait()
+        assert [report.num_bytes for report in reports] == [len(weights(remote)), 0]
+        assert all(report.fetch_s > 0 and not report.dram_s for report in reports)
+        with store.hold(spec("late")) as late:
+            assert not late.arrival.is_fetched
+
+
 def test_an_interrupted_fetch_goes_on_where_it_was(tmp_path, remote):
     remote.fails_at = 3 * CHUNK_BYTES
     with running(tmp_path) as store:
