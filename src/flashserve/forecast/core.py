@@ -1,0 +1,69 @@
+"""What every forecaster takes and gives: minute counts of many series, and a distribution for each.
+
+Everything is batched over series, pure given what was fitted, and takes time as an argument.
+Minutes are whole minutes since 1970 (UTC), or since the start of a trace.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+QUANTILE_LEVELS = (0.1, 0.5, 0.9, 0.99)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class History:
+    """What is known of some series before a moment.
+
+    counts: [series, minutes], not negative; column j is minute `start + j`, and the first minute
+    that is not known is `end`. A series that is younger than that has NaN before its first minute.
+    """
+
+    names: tuple[str, ...]
+    start: int
+    counts: npt.NDArray[np.float32]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.counts.shape[1]
+
+    def before(self, minute: int) -> History:
+        """The same series as they were known at the beginning of `minute`."""
+        return History(self.names, self.start, self.counts[:, : max(minute - self.start, 0)])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prediction:
+    """Counts of each series in [end, end + lead) for each lead, as distributions.
+
+    p_arrival: [series, leads], P(count >= 1). mean: [series, leads]. quantiles:
+    [series, leads, QUANTILE_LEVELS] of the count. components: by name (trend, daily, weekly,
+    residual, hazard), [series], what the forecast is made of, as far as the model knows.
+    """
+
+    p_arrival: Floats
+    mean: Floats
+    quantiles: Floats
+    components: dict[str, Floats] = dataclasses.field(default_factory=dict)
+
+
+class ArrivalModel(Protocol):
+    """A forecaster. `fit` may take long and sees earlier data only; `predict` is quick."""
+
+    name: str
+
+    def fit(self, history: History) -> None:
+        """Learns what all series share, and what each has of its own."""
+
+    def predict(self, history: History, leads: Sequence[int]) -> Prediction:
+        """Forecasts from `history.end` on, for leads in minutes, ascending.
+
+        The series may be others than those of `fit`: what is not known of one comes from all.
+        """
