@@ -23,6 +23,7 @@ from flashserve.store.disk.tier import DiskTier
 
 MODEL = "remote"
 NUM_KILLS = 5
+PATIENT = {"STORE__REMOTE_TIMEOUT_S": "30"}  # nobody asks twice while a gate is shut
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def test_a_server_that_is_killed_while_it_fetches_goes_on_with_what_it_has(
     transit, weights = stored
     size, draw, shared = weights.stat().st_size, random.Random(1), in_shared_memory()
     with scratch_dir() as data_dir, ThreadPoolExecutor(1) as pool:
-        server = Server(data_dir, **remote.SETTINGS)
+        server = Server(data_dir, **{**remote.SETTINGS, **PATIENT})
         try:
             server.start()
             server.succeed("deploy", MODEL, remote.SOURCE)
@@ -154,7 +155,7 @@ def test_a_worker_that_is_killed_while_its_model_arrives_loses_no_request(
     stored: tuple[Transit, Path],
 ) -> None:
     transit, weights = stored
-    with remote.serving() as server, ThreadPoolExecutor(1) as pool:
+    with remote.serving(**PATIENT) as server, ThreadPoolExecutor(1) as pool:
         server.succeed("deploy", MODEL, remote.SOURCE)
         sent = transit.num_sent
         with gated(transit, weights.stat().st_size // 2) as gate:

@@ -50,11 +50,13 @@ class Transit:
     """A proxy in front of the store at `upstream`; signatures stay valid.
 
     A fault of `harming` changes answers: those to reads of weights, and those to all other
-    questions. num_sent counts bytes of weights that went out.
+    questions. num_sent counts bytes of weights that went out; positions are those in their object
+    at which they began.
     """
 
     def __init__(self, upstream: str) -> None:
         self.num_sent = 0
+        self.positions: list[int] = []
         self.released = threading.Event()
         self.faults: tuple[Fault | None, Fault | None] = (None, None)
         self._upstream = urllib.parse.urlsplit(upstream).netloc
@@ -181,6 +183,8 @@ class _Handler(BaseHTTPRequestHandler):
         reply = self.transit.ask(self.command, self.path, dict(self.headers))
         is_weights = ".safetensors" in self.path and len(reply.body) > _PIECE_BYTES
         of_weights, of_questions = self.transit.faults
+        if is_weights:
+            self.transit.positions.append(reply.first)
         if fault := of_weights if is_weights else of_questions:
             fault(reply)
         with contextlib.suppress(ConnectionError):
