@@ -32,7 +32,7 @@ class History:
 
     @property
     def end(self) -> int:
-        return self.start + self.counts.shape[1]
+        return self.start + int(self.counts.shape[1])
 
     def before(self, minute: int) -> History:
         """The same series as they were known at the beginning of `minute`."""
