@@ -115,18 +115,44 @@ class Origins:
         found = [each for each in self.disk.checkpoints() if each.listing.uri == uri]
         return found[-1] if found else None
 
-    def snapshot(self, origin: Origin) -> Snapshot:
-        """Config, layout, and a directory with the small files. Moves no weights."""
-        files: CheckpointFiles
+    def version(self, uri: str, identity: str) -> Origin:
+        """What `look` finds, if it is the version `identity`; without asking where that is on disk.
+
+        Raises:
+            SourceError: it cannot be had.
+            CheckpointError: the source holds another version by now.
+        """
+        if self.disk is not None and (stored := self.disk.find(identity)):
+            return Origin(self._open_source(uri), stored.listing, stored)
+        origin = self.look(uri)
+        if origin.listing.identity != identity:
+            raise CheckpointError(f"{uri} has changed since it was added: add it again")
+        return origin
+
+    def files(self, origin: Origin) -> CheckpointFiles:
+        """The files of a checkpoint, with a directory for the small ones. Moves no weights."""
         if isinstance(origin.source, DirectorySource):
-            files = DirectoryFiles(origin.source.directory())
-        else:
-            files = ListedFiles(origin.source, origin.listing, self._small_files(origin))
-            if origin.stored is not None:
-                files = StoredFiles(
-                    origin.stored, files.directory, functools.partial(self._chunk, origin)
-                )
+            return DirectoryFiles(origin.source.directory())
+        listed = ListedFiles(origin.source, origin.listing, self._small_files(origin))
+        if origin.stored is None:
+            return listed
+        read_chunk = functools.partial(self.chunk, origin)
+        return StoredFiles(origin.stored, listed.directory, read_chunk)
+
+    def snapshot(self, origin: Origin) -> Snapshot:
+        """Config and layout of a model, and a directory with the small files. Moves no weights."""
+        files = self.files(origin)
         return read_snapshot(files, origin.listing.uri, origin.listing.identity)
+
+    def chunk(self, origin: Origin, file: SourceFile, index: int) -> bytes:
+        """One chunk of a file, from the nearest place, and right, as far as that is known."""
+        found: list[bytes] = []
+        with contextlib.ExitStack() as readers:
+            loaded = self.file_load(
+                origin, file, None, lambda _, data, __: found.append(bytes(data)), readers
+            )
+            load([loaded], [(0, index)], num_threads=1, stopping=threading.Event())
+        return found[0]
 
     def known(self, file: SourceFile) -> dict[int, int]:
         """Checksums that an earlier read of a local file took."""
@@ -274,19 +300,9 @@ class Origins:
         return self._small.directory(
             origin.listing,
             lambda file: b"".join(
-                self._chunk(origin, file, index) for index in range(file.num_chunks)
+                self.chunk(origin, file, index) for index in range(file.num_chunks)
             ),
         )
-
-    def _chunk(self, origin: Origin, file: SourceFile, index: int) -> bytes:
-        """From the nearest place, and right, as far as that is known."""
-        found: list[bytes] = []
-        with contextlib.ExitStack() as readers:
-            loaded = self.file_load(
-                origin, file, None, lambda _, data, __: found.append(bytes(data)), readers
-            )
-            load([loaded], [(0, index)], num_threads=1, stopping=threading.Event())
-        return found[0]
 
 
 def _open_disk(root: Path, settings: StoreSettings) -> DiskTier | None:

@@ -13,6 +13,8 @@ from typing import Protocol
 
 from flashserve.config import StoreSettings
 from flashserve.errors import ConflictError, InputError, ModelTooLargeError, UnavailableError
+from flashserve.store.adapters.config import DEFAULT_MAX_RANK
+from flashserve.store.adapters.tier import AdapterTier
 from flashserve.store.arrival import Progress, StageReport
 from flashserve.store.checkpoint.snapshot import Snapshot
 from flashserve.store.disk.budget import DiskUsage
@@ -55,15 +57,31 @@ class Store:
         dram_bytes: int,
         prefault: bool,
         settings: StoreSettings | None = None,
+        *,
+        adapter_bytes: int = 0,
+        max_lora_rank: int = DEFAULT_MAX_RANK,
     ) -> None:
         """Makes an arena of `dram_bytes`, rounded down to whole 2 MiB.
+
+        Args:
+            data_dir: where the disk tier is.
+            dram_bytes: for models and adapters.
+            prefault: see Arena.
+            settings: how bytes move.
+            adapter_bytes: how many of dram_bytes are for adapters alone.
+            max_lora_rank: adapters of a higher one are refused.
 
         Raises:
             InputError: the arena cannot be made.
         """
         settings = settings or StoreSettings()
         self.listener: StoreListener | None = None
-        self.arena = Arena(dram_bytes, prefault=prefault, huge_pages=settings.huge_pages)
+        self.arena = Arena(
+            dram_bytes,
+            prefault=prefault,
+            huge_pages=settings.huge_pages,
+            packed_bytes=adapter_bytes,
+        )
         self._origins = Origins(data_dir, settings)
         self._versions = Versions(self._origins, settings.recheck_s)
         self._shelf = Shelf(self.arena)
@@ -81,6 +99,7 @@ class Store:
         self._reporter = Reporter(
             self.arena, self._shelf, self._guard, self._origins, self._filler.transfers
         )
+        self.adapters = AdapterTier(self.arena, self._origins, settings, max_lora_rank)
         self._stopping = threading.Event()
         # Where each model comes from, as far as this store was asked for it.
         self._sources: dict[ModelId, str] = {}
@@ -93,6 +112,7 @@ class Store:
         self._filler.close()
         self._proof.close()
         self._guard.close()
+        self.adapters.close()
         self._versions.close()
         self._origins.close()
         self.arena.close()

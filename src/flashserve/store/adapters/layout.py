@@ -149,14 +149,10 @@ def check_base(adapter: AdapterSnapshot, base: Layout, base_name: str) -> None:
     Raises:
         CheckpointError: it adapts modules that the base lacks or has in other shapes; names both.
     """
-    shapes = {
-        tensor.name.removesuffix(".weight"): tensor.shape
-        for tensor in base.tensors
-        if tensor.name.endswith(".weight") and len(tensor.shape) == 2
-    }
+    weights = weights_by_module(base)
     trained_on = f" (it was trained on {shown(adapter.config.base_name)})"
     hint = trained_on if adapter.config.base_name else ""
-    known = {end for module in shapes for end in ends(module)}
+    known = {end for module in weights for end in ends(module)}
     for name in sorted(adapter.config.target_names - known):
         if not _HEAD.fullmatch(name):  # that may be tied, and so not stored
             raise CheckpointError(
@@ -164,23 +160,32 @@ def check_base(adapter: AdapterSnapshot, base: Layout, base_name: str) -> None:
                 f"have{hint}"
             )
     for module, wanted in _needed_shapes(adapter):
-        found = base_shape(shapes, module)
-        if found is None:
+        weight = base_weight(weights, module)
+        if weight is None:
             raise CheckpointError(
                 f"{adapter.uri} adapts {shown(module)}, which {base_name} does not have{hint}"
             )
-        if found != wanted:
+        if weight.shape != wanted:
             raise CheckpointError(
                 f"{adapter.uri} does not fit {base_name}: {module} has the shape "
-                f"{_shape(found)} there and {_shape(wanted)} in the adapter{hint}"
+                f"{_shape(weight.shape)} there and {_shape(wanted)} in the adapter{hint}"
             )
 
 
-def base_shape(shapes: Mapping[str, tuple[int, ...]], module: str) -> tuple[int, ...] | None:
-    """Of a module's weight; an output projection that is not stored is tied to the embedding."""
-    found = shapes.get(module)
+def weights_by_module(base: Layout) -> dict[str, TensorEntry]:
+    """The matrices of a model by the name of their module."""
+    return {
+        tensor.name.removesuffix(".weight"): tensor
+        for tensor in base.tensors
+        if tensor.name.endswith(".weight") and len(tensor.shape) == 2
+    }
+
+
+def base_weight(weights: Mapping[str, TensorEntry], module: str) -> TensorEntry | None:
+    """Of a module; that of an output projection which is not stored is tied to the embedding."""
+    found = weights.get(module)
     if found is None and _HEAD.fullmatch(module):
-        embeddings = [shape for name, shape in shapes.items() if _EMBEDDING.fullmatch(name)]
+        embeddings = [weight for name, weight in weights.items() if _EMBEDDING.fullmatch(name)]
         return embeddings[0] if len(embeddings) == 1 else None
     return found
 
