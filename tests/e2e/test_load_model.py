@@ -123,8 +123,7 @@ def test_holders_are_leases_until_their_tensors_go_and_keep_them_when_the_node_e
     model = load_model("held", data_dir=server.data_dir)
     with writer(server, "held"):
         listed = json.loads(server.succeed("ps", "--json"))
-        models = listed["models"] if isinstance(listed, dict) else listed
-        assert {model["name"]: model["leases"] for model in models}["held"] == 2
+        assert {model["name"]: model["leases"] for model in listed}["held"] == 2
         server.succeed("evict", "held", "--tier", "dram")
         assert server.model("held")["dram_bytes"] == 0
         assert leases(server, "held") == 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -60,3 +62,38 @@ def test_a_node_keeps_what_it_fetched_for_others_on_disk_and_not_in_its_arena(bu
             await bench.until(lambda: not bench.agent._store.usage().used)  # once it is written
 
     asyncio.run(check())  # its leak check would take the object store for a worker
+
+
+def asking(source: str, data_dir: Path) -> subprocess.Popen[bytes]:
+    """A process that waits for a model."""
+    script = "import sys; from flashserve.loading import _open; _open(*sys.argv[1:])"
+    return subprocess.Popen([sys.executable, "-c", script, source, str(data_dir)])
+
+
+def test_a_fetch_for_a_process_that_was_killed_stops_and_the_next_one_starts_anew(bucket, tmp_path):
+    num_bytes = 48 << 20
+    weights = {"model.safetensors": {"w": np.zeros(num_bytes, np.uint8)}}
+    write_checkpoint(bucket / "models" / "large", weights)
+    source = "s3://models/large"
+
+    async def check() -> None:
+        settings = make_settings(tmp_path / "data", arena_bytes=256 << 20)
+        store = settings.store.model_copy(update={"remote_bytes_per_s": 24 << 20})
+        async with running_agent(settings.model_copy(update={"store": store})) as bench:
+            await bench.ready(1)
+            handout = bench.agent._handout._handout
+            process = asking(source, settings.data_dir)
+            try:
+                await bench.until(lambda: handout.leases() == {source: 1})
+                await bench.until(lambda: bench.agent._store._shelf._fills)
+                [fill] = bench.agent._store._shelf._fills
+            finally:
+                process.kill()
+                process.wait()
+            await bench.until(lambda: not handout.num_clients)
+            await bench.until(lambda: not handout.copied_bytes)
+            assert fill.stopping.is_set()
+            assert await asyncio.to_thread(total, source, settings.data_dir) == 0
+            await bench.until(lambda: not bench.agent._store.usage().used)
+
+    asyncio.run(check())
