@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from flashserve.engine.gates import Gates
 from flashserve.errors import FlashServeError
 from flashserve.node.sleeping import Residence
@@ -22,6 +24,7 @@ class DeviceGates(Gates):
         super().__init__(num_groups)
         self._residence = residence
         self._is_behind_all = False
+        self._opening = threading.Lock()
 
     @property
     def is_open(self) -> bool:
@@ -30,11 +33,12 @@ class DeviceGates(Gates):
 
     def open(self, num_open: int) -> None:
         """The bytes of the checkpoint's groups [0, num_open) lie in the arena."""
-        try:
-            self._residence.open(num_open)
-        except FlashServeError as error:
-            self.fail(error)
-            return
+        with self._opening:
+            try:
+                self._residence.open(num_open)
+            except FlashServeError as error:
+                self.fail(error)
+                return
         if num_open >= self._residence.num_groups:
             super().open(self.num_groups)
         elif self._residence.num_groups == self.num_groups:
@@ -45,5 +49,11 @@ class DeviceGates(Gates):
         is_last = group == self.num_groups - 1
         if is_last or self._residence.num_groups != self.num_groups:
             group = self._residence.num_groups - 1
-        self._residence.wait(group)
+        try:
+            self._residence.wait(group)
+        except FlashServeError:
+            with self._opening:  # whoever closed it there has said why by then
+                pass
+            super().wait(group)
+            raise
         self._is_behind_all = self._is_behind_all or is_last
