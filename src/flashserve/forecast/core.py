@@ -67,3 +67,36 @@ class ArrivalModel(Protocol):
 
         The series may be others than those of `fit`: what is not known of one comes from all.
         """
+
+
+class Follower(Protocol):
+    """A model's state of some series, moved on a minute at a time: what a tick costs.
+
+    `advance(counts)` tells the counts of the next minute, [series], NaN where not known;
+    `forecast(leads)` is the prediction from the first minute not told yet.
+    """
+
+    def advance(self, counts: npt.ArrayLike) -> None: ...
+
+    def forecast(self, leads: Sequence[int]) -> Prediction: ...
+
+
+class FollowingModel(ArrivalModel, Protocol):
+    """A model whose prediction at every minute of a history costs one pass, not one pass each."""
+
+    def follow(self, num_series: int, start: int) -> Follower:
+        """The state of series of which nothing is known before minute `start`."""
+
+
+def replay(model: FollowingModel, history: History, leads: Sequence[int]) -> Prediction:
+    """`predict` by telling a new follower every minute of the history."""
+    follower = model.follow(len(history.names), history.start)
+    for column in history.counts.T:
+        follower.advance(column)
+    return follower.forecast(leads)
+
+
+def known_counts(counts: npt.ArrayLike) -> Floats:
+    """The counts as they are, and NaN for whatever cannot be one (infinite, negative, NaN)."""
+    values = np.asarray(counts, dtype=np.float64)
+    return np.where(np.isfinite(values) & (values >= 0), values, np.nan)
