@@ -97,7 +97,7 @@ class Batcher:
         self._by_id[sequence.sequence_id] = sequence
         self._waiting.append(sequence)
 
-    def remove(self, sequence_id: str) -> None:
+    def remove(self, sequence_id: str) -> Sequence:
         """Takes a finished or aborted sequence out and gives its blocks back."""
         sequence = self._by_id.pop(sequence_id)
         if sequence in self._running:
@@ -106,6 +106,7 @@ class Batcher:
         else:
             self._waiting.remove(sequence)
         self._give_back(sequence)
+        return sequence
 
     def schedule(self) -> list[Segment]:
         """The segments of the next step.

@@ -1,6 +1,6 @@
 """The batching engine: takes jobs, computes steps, emits tokens.
 
-One thread owns it; `add` alone may be called from another one, also during a step.
+One thread owns it; `add` and `put_adapter` may be called from another one, also during a step.
 """
 
 from __future__ import annotations
@@ -18,12 +18,21 @@ from flashserve.config import EngineSettings
 from flashserve.engine.batching import Batcher
 from flashserve.engine.blocks import BlockPool
 from flashserve.engine.gates import Gates
+from flashserve.engine.lora.adapters import Adapters
+from flashserve.engine.lora.memory import Reader
 from flashserve.engine.runner import KVShape, Runner, allocate_pool
 from flashserve.engine.sampling import Draw, Drawn, sample
-from flashserve.engine.sequence import Sequence
-from flashserve.errors import ConflictError, ContextLengthError, InputError, UnavailableError
-from flashserve.messages.work import GenerateJob
-from flashserve.types import KVUsage, SamplingParams, TokenOutput
+from flashserve.engine.sequence import Segment, Sequence
+from flashserve.errors import (
+    ConflictError,
+    ContextLengthError,
+    FlashServeError,
+    InputError,
+    InternalError,
+    UnavailableError,
+)
+from flashserve.messages.work import AdapterImage, GenerateJob
+from flashserve.types import AdapterId, KVUsage, SamplingParams, TensorSlice, TokenOutput
 
 
 class Engine:
@@ -37,6 +46,7 @@ class Engine:
             if not given. It may have served another model before.
         eos_token_ids: tokens that end a sequence; see `loading.eos_token_ids`.
         gates: where a step waits for weights that are still to come; None: all are there.
+        read_adapter: gives the tensors of adapters' images; needed if there are any.
 
     Raises:
         UnavailableError: the pool does not hold a single block.
@@ -49,6 +59,7 @@ class Engine:
         kv_pool: torch.Tensor | None = None,
         eos_token_ids: Ids[int] = (),
         gates: Gates | None = None,
+        read_adapter: Reader | None = None,
     ) -> None:
         config: Any = model.config
         self._context_tokens: int = config.max_position_embeddings
@@ -66,13 +77,6 @@ class Engine:
                 f"values takes {block_bytes}"
             )
         self._pool = BlockPool(num_blocks, settings.block_tokens)
-        self._batcher = Batcher(
-            self._pool,
-            settings.max_batch_sequences,
-            settings.max_batch_tokens,
-            reuse_prefixes=settings.reuse_prefixes and not settings.batch_invariant,
-            whole_prompts=settings.batch_invariant,
-        )
         self._runner = Runner(
             model,
             shape.view(kv_pool, num_blocks * settings.block_tokens),
@@ -80,10 +84,28 @@ class Engine:
             batch_invariant=settings.batch_invariant,
             gates=gates,
         )
+        self._adapters = Adapters(
+            model,
+            settings,
+            read_adapter or _read_none,
+            self._runner.adapt,
+            min_rows=self._runner.min_rows,
+        )
+        self._batcher = Batcher(
+            self._pool,
+            settings.max_batch_sequences,
+            settings.max_batch_tokens,
+            reuse_prefixes=settings.reuse_prefixes and not settings.batch_invariant,
+            whole_prompts=settings.batch_invariant,
+            adapters=self._adapters.cache,
+            adapter_patience=settings.adapter_patience_steps,
+        )
         self._gates = gates
         self.reused: dict[str, int] = {}
         """Prompt tokens that were found in the cache, of each sequence that got its first token
         in the last step."""
+        self.failed: dict[str, FlashServeError] = {}
+        """Why sequences that the last step ended without a further token could not go on."""
         self.counts: collections.Counter[str] = collections.Counter()
         """Since the start: steps, tokens computed, chunks that did not end their prompt, and, of
         finished sequences, reused_tokens and preemptions."""
@@ -123,25 +145,55 @@ class Engine:
             InputError: token ids or parameters make no sense for this model.
             ContextLengthError: the sequence can never fit the context or the pool.
             ConflictError: a sequence of this id is not finished yet.
+            FlashServeError: its adapter cannot be used; see `AdapterCache.check`.
         """
         if job.sequence_id in self._batcher:
             raise ConflictError(f"sequence {job.sequence_id} is already running")
         self._check(job)
         seed = secrets.randbits(63) if job.params.seed is None else job.params.seed
-        self._batcher.add(Sequence.from_job(job, seed))
+        sequence = Sequence.from_job(job, seed)
+        if job.adapter_id is None:
+            self._batcher.add(sequence)
+            return
+        self._adapters.cache.check(job.adapter_id)
+        self._adapters.cache.want(job.adapter_id)
+        self._batcher.add(sequence)
+        self._adapters.cache.prefetch(job.adapter_id)
+
+    def put_adapter(self, image: AdapterImage) -> None:
+        """Makes an adapter known, whose bytes stay where they are until `drop_adapter` returns.
+
+        One that does not fit is refused when a sequence is to use it. As `add`, from any thread.
+        """
+        self._adapters.cache.put(image)
+
+    def drop_adapter(self, adapter_id: AdapterId) -> None:
+        """Forgets where an adapter's bytes are. What has been loaded of it stays usable."""
+        self._adapters.cache.drop(adapter_id)
+
+    @property
+    def adapter_counts(self) -> collections.Counter[str]:
+        """Since the start: loads, evictions, and hits, the uses of an adapter that was there."""
+        return self._adapters.cache.counts
+
+    @property
+    def resident_adapters(self) -> tuple[AdapterId, ...]:
+        """Those in the device's memory, least recently used first."""
+        return self._adapters.cache.resident
 
     def abort(self, sequence_id: str) -> None:
         """Ends a sequence without a further token. An unknown or finished one is ignored."""
         if sequence_id in self._batcher:
-            self._batcher.remove(sequence_id)
+            self._remove(sequence_id)
 
     def step(self) -> list[tuple[str, TokenOutput]]:
         """Computes one step and returns the tokens that it emitted, with their sequence ids."""
-        self.reused = {}
-        segments = self._batcher.schedule()
+        self.reused, self.failed = {}, {}
+        segments = self._schedule()
         if not segments:
             return []
-        logits = self._runner.run(segments)
+        segments, lora = self._adapters.arrange(segments)
+        logits = self._runner.run(segments, lora)
         self._batcher.commit(segments)
         self.counts["steps"] += 1
         num_rows = [segment.end - segment.begin for segment in segments]
@@ -156,6 +208,24 @@ class Engine:
         now = time.monotonic()
         return [self._emit(*pair, now) for pair in zip(sampling, drawn, strict=True)]
 
+    def _schedule(self) -> list[Segment]:
+        """The segments of the next step, after ending what cannot get its adapter."""
+        segments = self._batcher.schedule()
+        for adapter_id in self._batcher.waiting_adapters:
+            if (error := self._adapters.cache.failure(adapter_id)) is not None:
+                for sequence in self._batcher.waiting_for(adapter_id):
+                    self.failed[sequence.sequence_id] = error
+                    self._remove(sequence.sequence_id)
+        if not segments and self._batcher.num_waiting:
+            self._adapters.cache.wait_for_loads()
+            segments = self._batcher.schedule()
+        return segments
+
+    def _remove(self, sequence_id: str) -> None:
+        sequence = self._batcher.remove(sequence_id)
+        if sequence.adapter_id is not None:
+            self._adapters.cache.unwant(sequence.adapter_id)
+
     def _emit(self, sequence: Sequence, drawn: Drawn, now: float) -> tuple[str, TokenOutput]:
         index = sequence.num_emitted
         if index == sequence.num_given:
@@ -163,7 +233,7 @@ class Engine:
         sequence.tokens.append(drawn.token_id)
         reason = self._finish_reason(sequence, drawn)
         if reason is not None:
-            self._batcher.remove(sequence.sequence_id)
+            self._remove(sequence.sequence_id)
             self.counts["reused_tokens"] += sequence.num_reused
             self.counts["preemptions"] += sequence.num_preemptions
         return sequence.sequence_id, TokenOutput(
@@ -206,6 +276,10 @@ class Engine:
                 f"prompt ({num_prompt} tokens) and max_tokens ({num_new}) exceed the KV pool of "
                 f"{room} tokens; raise engine.kv_bytes or lower max_tokens"
             )
+
+
+def _read_none(tensor: TensorSlice) -> torch.Tensor:
+    raise InternalError(f"tensor {tensor.name} of an adapter: this engine reads none")
 
 
 def _check_params(params: SamplingParams) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,15 +22,31 @@ from torch import nn
 
 from flashserve.engine.attention import AttentionStep, attend, write
 from flashserve.engine.gates import EMBEDDING, Gates, layer_group
+from flashserve.engine.lora.batch import Group, LoraStep
+from flashserve.engine.lora.targets import Target, Targets
 
 
 class Forward(Protocol):
     """Computes the logits of some rows of a packed step."""
 
     def __call__(
-        self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, step: AttentionStep
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        rows: torch.Tensor,
+        step: AttentionStep,
+        lora: LoraStep | None = None,
     ) -> torch.Tensor:
-        """Args: ids, positions: [T]; rows: [R] of them. Returns: [R, vocabulary]."""
+        """Args: ids, positions: [T]; rows: [R] of them. Returns: [R, vocabulary].
+
+        lora: what adapters add; `adapt` was called before the first one.
+        """
+
+    def adapt(self, targets: Targets) -> Sequence[Group]:
+        """Prepares for updates by adapters; the groups of layers that LoraStep.add is called for.
+
+        Once.
+        """
 
     def close(self) -> None:
         """Takes off the model what was put on it."""
@@ -39,30 +55,76 @@ class Forward(Protocol):
 class ModuleForward:
     """The model as transformers wrote it."""
 
-    def __init__(self, model: nn.Module, gates: Gates | None = None) -> None:
+    def __init__(self, model: Any, gates: Gates | None = None) -> None:
         self._model = model
         self._gates = gates
         self._hooks = _hang(model, gates) if gates is not None else []
+        self._lora: LoraStep | None = None
+        self._lora_hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def __call__(
-        self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, step: AttentionStep
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        rows: torch.Tensor,
+        step: AttentionStep,
+        lora: LoraStep | None = None,
     ) -> torch.Tensor:
-        output = self._model(
-            input_ids=ids[None],
-            position_ids=positions[None],
-            use_cache=False,
-            logits_to_keep=rows,
-            flashserve_step=step,
-        )
+        self._lora = lora
+        try:
+            output = self._model(
+                input_ids=ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=rows,
+                flashserve_step=step,
+            )
+        finally:
+            self._lora = None
         if self._gates is not None and self._gates.is_open:
-            self.close()
+            self._drop_gates()
         logits: torch.Tensor = output.logits[0]
         return logits
 
+    def adapt(self, targets: Targets) -> Sequence[Group]:
+        """Each layer is a group of its own."""
+        groups: dict[Target, int] = {}
+        for name, layer, target in targets.linears():
+            index = groups.setdefault(target, len(groups))
+            self._hang_update(name, functools.partial(self._update, layer, index))
+        scale = float(getattr(self._model.get_input_embeddings(), "embed_scale", 1.0))
+        self._hang_update(targets.embedding.name, functools.partial(self._update_embedding, scale))
+        self._hang_update(targets.head.name, self._update_head)
+        return [(target,) for target in groups]
+
     def close(self) -> None:
+        self._drop_gates()
+        while self._lora_hooks:
+            self._lora_hooks.pop().remove()
+
+    def _drop_gates(self) -> None:
         while self._hooks:
             self._hooks.pop().remove()
         self._gates = None
+
+    def _hang_update(self, name: str, update: Callable[[Any, Any], None]) -> None:
+        def hook(_module: nn.Module, args: Any, output: Any) -> None:
+            update(args[0][0], output[0])
+
+        module = self._model.get_submodule(name)
+        self._lora_hooks.append(module.register_forward_hook(hook))
+
+    def _update(self, layer: int, group: int, x: torch.Tensor, out: torch.Tensor) -> None:
+        if self._lora is not None:
+            self._lora.add(layer, group, x, out)
+
+    def _update_embedding(self, scale: float, ids: torch.Tensor, hidden: torch.Tensor) -> None:
+        if self._lora is not None:
+            self._lora.add_embedding(ids, hidden, scale)
+
+    def _update_head(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
+        if self._lora is not None:
+            self._lora.add_head(hidden, logits)
 
 
 def _hang(model: Any, gates: Gates) -> list[torch.utils.hooks.RemovableHandle]:
@@ -113,6 +175,16 @@ class _ArrivingLayers:
             if index == len(self._made):
                 self._made.append(make())
             yield self._made[index]
+
+
+# The groups of layers that FusedForward asks updates of adapters for, in this order.
+_QKV, _OUTPUT, _GATE_UP, _DOWN = range(4)
+_FUSED_GROUPS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
 
 
 class FusedForward:
@@ -186,22 +258,36 @@ class FusedForward:
         )
 
     def __call__(
-        self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, step: AttentionStep
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        rows: torch.Tensor,
+        step: AttentionStep,
+        lora: LoraStep | None = None,
     ) -> torch.Tensor:
         if self._gates is not None:
             self._gates.wait(EMBEDDING)
         hidden = F.embedding(ids, self._embedding)
+        if lora is not None:
+            lora.add_embedding(ids, hidden)
         cos, sin = self._rotary(hidden, positions[None])
         cos, sin = cos[0, :, None], sin[0, :, None].clone()
         sin[..., : sin.shape[-1] // 2].neg_()
         for layer in self._layers:
-            self._attention(hidden, layer, cos, sin, step)
-            self._mlp(hidden, layer)
+            self._attention(hidden, layer, cos, sin, step, lora)
+            self._mlp(hidden, layer, lora)
         if self._gates is not None and len(rows):
             self._gates.wait(self._gates.num_groups - 1)
             self._layers, self._gates = list(self._layers), None
         hidden = self._normalise(hidden.index_select(0, rows), self._norm)
-        return torch.mm(hidden, self._head)
+        logits = torch.mm(hidden, self._head)
+        if lora is not None:
+            lora.add_head(hidden, logits)
+        return logits
+
+    def adapt(self, targets: Targets) -> Sequence[Group]:
+        by_name = {target.name: target for _, _, target in targets.linears()}
+        return [tuple(by_name[name] for name in names) for names in _FUSED_GROUPS]
 
     def close(self) -> None: ...
 
@@ -212,10 +298,14 @@ class FusedForward:
         cos: torch.Tensor,
         sin: torch.Tensor,
         step: AttentionStep,
+        lora: LoraStep | None,
     ) -> None:
         """Adds the layer's attention to `hidden`, [T, hidden_size], in place."""
         normed = self._normalise(hidden, layer.input_norm)
         qkv = torch.cat([_project(normed, *part) for part in layer.qkv], dim=1)
+        if lora is not None:
+            sizes = [weight.shape[1] for weight, _ in layer.qkv]
+            lora.add(layer.index, _QKV, normed, *qkv.split(sizes, dim=1))
         qkv = qkv.view(len(hidden), -1, self._head_dim)
         num_rotated = self._heads + self._kv_heads
         rotated = qkv[:, :num_rotated]
@@ -228,13 +318,24 @@ class FusedForward:
             qkv[:, self._heads : num_rotated] = rotated[:, self._heads :]
         write(step, layer.index, qkv[:, self._heads :].unflatten(1, (2, self._kv_heads)))
         attended = attend(step, layer.index, rotated[:, : self._heads], self._scaling, layer.window)
-        hidden.addmm_(attended.reshape(len(hidden), -1), layer.output)
+        attended = attended.reshape(len(hidden), -1)
+        hidden.addmm_(attended, layer.output)
+        if lora is not None:
+            lora.add(layer.index, _OUTPUT, attended, hidden)
 
-    def _mlp(self, hidden: torch.Tensor, layer: _Layer) -> None:
+    def _mlp(self, hidden: torch.Tensor, layer: _Layer, lora: LoraStep | None) -> None:
         """Adds the layer's gated MLP to `hidden`, [T, hidden_size], in place."""
         normed = self._normalise(hidden, layer.mlp_norm)
-        gated = F.silu(torch.mm(normed, layer.gate), inplace=True)
-        hidden.addmm_(gated.mul_(torch.mm(normed, layer.up)), layer.down)
+        if lora is None:
+            gated = F.silu(torch.mm(normed, layer.gate), inplace=True)
+            gated.mul_(torch.mm(normed, layer.up))
+        else:
+            gated, up = torch.mm(normed, layer.gate), torch.mm(normed, layer.up)
+            lora.add(layer.index, _GATE_UP, normed, gated, up)
+            gated = F.silu(gated, inplace=True).mul_(up)
+        hidden.addmm_(gated, layer.down)
+        if lora is not None:
+            lora.add(layer.index, _DOWN, gated, hidden)
 
     def _normalise(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Root mean square norm over the last dimension, computed in float32."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence as Items
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from flashserve.engine.attention import AttentionStep, Slots, Span
 from flashserve.engine.experts import Experts
 from flashserve.engine.forward import choose_forward
 from flashserve.engine.gates import Gates
+from flashserve.engine.lora.batch import Group, LoraStep
+from flashserve.engine.lora.targets import Targets
 from flashserve.engine.sequence import Segment, Sequence
 from flashserve.errors import UnavailableError
 
@@ -79,13 +82,26 @@ class Runner:
             if isinstance(module, Experts):
                 module.min_rows = self._min_rows
 
+    @property
+    def min_rows(self) -> int:
+        """Rows that are computed at least."""
+        return self._min_rows
+
+    def adapt(self, targets: Targets) -> Items[Group]:
+        """Prepares the model for updates by adapters; returns the groups that they come in."""
+        return self._forward.adapt(targets)
+
     def close(self) -> None:
         """Leaves the model as it was before. Once; nothing is run after it."""
         self._forward.close()
 
     @torch.inference_mode()
-    def run(self, segments: list[Segment]) -> torch.Tensor:
-        """Computes the segments; returns the logits of those that sample, [rows, vocabulary]."""
+    def run(self, segments: list[Segment], lora: LoraStep | None = None) -> torch.Tensor:
+        """Computes the segments; returns the logits of those that sample, [rows, vocabulary].
+
+        Args:
+            lora: the updates of the segments' adapters.
+        """
         ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
@@ -104,6 +120,7 @@ class Runner:
             torch.tensor(positions + positions[-1:] * padding, device=device),
             torch.tensor(rows, dtype=torch.int64, device=device),
             step,
+            lora,
         )
         return logits[:num_sampled]
 

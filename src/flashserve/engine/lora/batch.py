@@ -78,7 +78,7 @@ class LoraStep:
         """Adds the update of a group of layers, given their input, [T, in_features].
 
         Args:
-            outs: [T, out_features] of each; or of all, side by side.
+            outs: [T, out_features] of each.
         """
         bags = self._bags[group]
         if bags is not None:
@@ -86,14 +86,14 @@ class LoraStep:
         for run in self._runs[group]:
             add_run(self._memory, layer, run, x, outs)
 
-    def add_embedding(self, ids: torch.Tensor, hidden: torch.Tensor) -> None:
-        """Args: ids: [T]; hidden: [T, hidden_size], their embeddings."""
+    def add_embedding(self, ids: torch.Tensor, hidden: torch.Tensor, scale: float = 1.0) -> None:
+        """Args: ids: [T]; hidden: [T, hidden_size], their embeddings, times `scale`."""
         for span in self._spans:
             if (found := span.placed.targets.get(self._embedding)) is not None:
                 a = self._memory.spread(found.a, self._embedding.in_features)
                 b = self._memory.spread(found.b, self._embedding.out_features)
                 rows = a.index_select(1, ids[span.begin : span.end]).t()
-                hidden[span.begin : span.end].addmm_(rows, b, alpha=found.scaling)
+                hidden[span.begin : span.end].addmm_(rows, b, alpha=found.scaling * scale)
 
     def add_head(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
         """Args: hidden: [R, hidden_size] of the sampled rows; logits: [R, vocabulary]."""

@@ -4,8 +4,8 @@ An adapter is known from `put` to `drop`: its bytes lie in the arena for so long
 resident has its own copy in pages, which outlives a drop. Pages of pinned adapters are never
 touched; of the others, those used least recently give way.
 
-The engine's thread pins and unpins. `put`, `check` and `want` may come from another one, also
-during a step, and a load does its copying without keeping anyone from the bookkeeping.
+The engine's thread pins and unpins. `put`, `check`, `want` and `prefetch` may come from another
+one, also during a step, and a load copies without keeping anyone from the bookkeeping.
 """
 
 from __future__ import annotations
@@ -89,20 +89,19 @@ class AdapterCache:
             if (image := self._known.get(adapter_id)) is None:
                 raise InputError(f"the replica was not told of adapter {adapter_id}")
             memory = self._memory = self._memory or self._make_memory()
-            needed, room = memory.num_pages(image), memory.pages.num_pages
-        if needed > room:
+        if memory.num_pages(image) > memory.pages.num_pages:
             raise UnavailableError(
-                f"adapter {adapter_id} takes {needed} pages of adapter memory, and there are "
-                f"{room}; raise engine.adapter_bytes"
+                f"adapter {adapter_id} takes {memory.num_pages(image) * memory.page_bytes} bytes "
+                f"of {memory.pages.num_pages * memory.page_bytes}; raise engine.adapter_bytes"
             )
 
     def want(self, adapter_id: AdapterId) -> None:
-        """A sequence is to use the adapter: loads it, if only adapters that nobody wants give way.
-
-        Once for each sequence, and `unwant` once it is gone.
-        """
+        """A sequence is to use the adapter; `unwant` once it is gone."""
         with self._changed:
             self._wanted[adapter_id] += 1
+
+    def prefetch(self, adapter_id: AdapterId) -> None:
+        """Loads the adapter ahead of its use, if only those that nobody wants must give way."""
         if (load := self._begin(adapter_id, spare_wanted=True)) is not None:
             self._load(*load)
 

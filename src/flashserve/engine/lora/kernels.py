@@ -106,10 +106,7 @@ class Run:
 def add_bags(
     memory: AdapterMemory, layer: int, bags: Bags, x: torch.Tensor, outs: Sequence[torch.Tensor]
 ) -> None:
-    """Adds to `outs`, [T, out_features] of each layer of the group, in place.
-
-    One out alone is that of all layers, side by side, if none of them is padded in its pages.
-    """
+    """Adds to `outs`, [T, out_features] of each layer of the group, in place."""
     rows = x[bags.begin : bags.end]
     table = memory.rows(layer, bags.in_features)
     a = table.index_select(0, bags.a_starts.view(-1))
@@ -129,9 +126,6 @@ def add_bags(
         weights,
         True,
     )[0].view(len(rows), -1)
-    if len(outs) == 1 and outs[0].shape[1] == delta.shape[1]:
-        outs[0][bags.begin : bags.end].add_(delta)
-        return
     at = 0
     for out in outs:
         width = out.shape[1]
@@ -142,7 +136,7 @@ def add_bags(
 def add_run(
     memory: AdapterMemory, layer: int, run: Run, x: torch.Tensor, outs: Sequence[torch.Tensor]
 ) -> None:
-    """As `add_bags`, but `outs` has one for each layer of the group."""
+    """As `add_bags`."""
     rows = x[run.begin : run.end]
     num_rows = len(rows)
     if num_rows < run.min_rows:

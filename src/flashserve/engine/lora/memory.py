@@ -78,8 +78,8 @@ class AdapterMemory:
     ) -> None:
         self._targets = targets
         self._read = read
-        page_bytes = targets.num_layers * targets.page_elements * int(dtype.itemsize)
-        shape = (targets.num_layers, num_bytes // page_bytes, targets.page_elements)
+        self.page_bytes = targets.num_layers * targets.page_elements * int(dtype.itemsize)
+        shape = (targets.num_layers, num_bytes // self.page_bytes, targets.page_elements)
         try:
             self.pool = torch.empty(shape, dtype=dtype, device=device)
         except RuntimeError as error:

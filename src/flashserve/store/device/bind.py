@@ -150,6 +150,20 @@ def _assign(model: nn.Module, state: dict[str, torch.Tensor], *, keep_apart: boo
     _fill_buffers(model)
 
 
+def reader(arena: memoryview | mmap.mmap) -> Callable[[TensorSlice], torch.Tensor]:
+    """Gives single tensors of `arena`, as views where they are aligned; they keep it open.
+
+    What it returns raises CheckpointError for a slice that lies outside.
+    """
+    memory = _unwarned(arena)
+
+    def read(tensor: TensorSlice) -> torch.Tensor:
+        _check_place(tensor, memory)
+        return _view(tensor, memory)
+
+    return read
+
+
 def match(model: nn.Module, tensors: Iterable[TensorSlice]) -> dict[str, tuple[TensorSlice, ...]]:
     """The slices that make up each named parameter of `model`; no bytes are touched.
 

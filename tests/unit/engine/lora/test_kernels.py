@@ -112,22 +112,6 @@ def test_every_form_equals_the_reference(
     check(step, adapters, ordered, by_owner, dtype, width)
 
 
-def test_side_by_side_outputs_get_the_same() -> None:
-    adapters = [make_adapter("x", 8), make_adapter("y", 4)]
-    memory = make_memory(Arena(*adapters))
-    parts = [(load(memory, adapter), 1) for adapter in adapters]
-    composer = Composer(memory, groups(), targets().embedding, targets().head)
-    step = composer.compose(parts, [])
-    assert step is not None
-    x = torch.randn(2, 128)
-    apart = [torch.zeros(2, target.out_features) for target in groups()[0]]
-    together = torch.zeros(2, sum(target.out_features for target in groups()[0]))
-    step.add(1, 0, x, *apart)
-    step.add(1, 0, x, together)
-    assert together.abs().max() > 0
-    torch.testing.assert_close(together, torch.cat(apart, dim=1))
-
-
 def test_layers_and_modules_that_an_adapter_leaves_alone_stay_as_they_are() -> None:
     """Also where another adapter had its rows before."""
     full = make_adapter("full", 8)
