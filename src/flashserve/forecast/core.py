@@ -84,13 +84,13 @@ class Follower(Protocol):
 class FollowingModel(ArrivalModel, Protocol):
     """A model whose prediction at every minute of a history costs one pass, not one pass each."""
 
-    def follow(self, num_series: int, start: int) -> Follower:
-        """The state of series of which nothing is known before minute `start`."""
+    def follow(self, names: Sequence[str], start: int) -> Follower:
+        """The state of these series, of which nothing is known before minute `start`."""
 
 
 def replay(model: FollowingModel, history: History, leads: Sequence[int]) -> Prediction:
     """`predict` by telling a new follower every minute of the history."""
-    follower = model.follow(len(history.names), history.start)
+    follower = model.follow(history.names, history.start)
     for column in history.counts.T:
         follower.advance(column)
     return follower.forecast(leads)
