@@ -6,6 +6,7 @@ from typing import Protocol
 
 from flashserve.errors import FlashServeError
 from flashserve.messages.work import (
+    AdapterImage,
     DescribeModel,
     GenerateJob,
     LoadModel,
@@ -15,13 +16,15 @@ from flashserve.messages.work import (
     Prepare,
     UnloadReport,
 )
-from flashserve.types import KVUsage, TokenOutput
+from flashserve.types import AdapterId, KVUsage, TokenOutput
 
 
 class BatchingEngine(Protocol):
     """What serving needs of an engine; see engine/engine.py."""
 
     def add(self, job: GenerateJob) -> None: ...
+    def put_adapter(self, image: AdapterImage) -> None: ...
+    def drop_adapter(self, adapter_id: AdapterId) -> None: ...
     def abort(self, sequence_id: str) -> None: ...
     def step(self) -> list[tuple[str, TokenOutput]]: ...
     def kv_usage(self) -> KVUsage: ...
@@ -35,6 +38,8 @@ class BatchingEngine(Protocol):
     def waited_s(self) -> float: ...
     @property
     def reused(self) -> dict[str, int]: ...
+    @property
+    def failed(self) -> dict[str, FlashServeError]: ...
 
 
 class Host(Protocol):

@@ -40,6 +40,7 @@ from flashserve.messages.work import (
     WorkerReady,
 )
 from flashserve.node.homes import ArenaHome, DeviceHome, Home
+from flashserve.store.device.bind import reader
 from flashserve.store.device.copier import CudaCopier
 from flashserve.store.device.regions import RegisteredArena, address_of
 from flashserve.store.dram.arena import attach
@@ -127,7 +128,14 @@ class ModelHost:
         device_s = time.monotonic() - taking - building_s
         eos_ids = eos_token_ids(order.config, order.generation_config)
         try:
-            self._engine = Engine(taken.model, self._settings, self._kv_pool, eos_ids, taken.gates)
+            self._engine = Engine(
+                taken.model,
+                self._settings,
+                self._kv_pool,
+                eos_ids,
+                taken.gates,
+                read_adapter=reader(self._arena),
+            )
         except BaseException:
             self._home.release()
             raise

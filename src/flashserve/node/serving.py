@@ -25,6 +25,7 @@ from flashserve.errors import (
 from flashserve.messages import wire
 from flashserve.messages.wire import Call, Cancel, Credit, End, Fault, Frame, Item, Notice, Reply
 from flashserve.messages.work import (
+    AdapterImage,
     ArrivalFailed,
     DescribeModel,
     GenerateJob,
@@ -39,7 +40,7 @@ from flashserve.messages.work import (
 )
 from flashserve.node.host import BatchingEngine, Host
 from flashserve.node.link import Link
-from flashserve.types import KVUsage, TokenOutput
+from flashserve.types import AdapterId, KVUsage, TokenOutput
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Serving:
         self._streams: dict[int, _Stream] = {}
         self._sequences: dict[str, _Stream] = {}
         self._refused: dict[int, Fault] = {}
-        """Generate calls that `_accept` could not queue; the loop, which alone sends, answers."""
+        """Calls that `_accept` could not carry out; the loop, which alone sends, answers."""
         self._lock = threading.Lock()
         """Held while the engine is made, emptied or freed, and while a sequence is added."""
         self._arrival_error: FlashServeError | None = None
@@ -108,6 +109,8 @@ class Serving:
             case Call(call_id, "generate"):
                 if refusal := self._refused.pop(call_id, None):
                     self._link.send(refusal)
+            case Call(call_id, "drop"):
+                self._link.send(self._refused.pop(call_id, Reply(call_id, wire.pack(None))))
             case Call():
                 self._call(frame)
             case Credit(call_id, num_items):
@@ -122,7 +125,7 @@ class Serving:
             case Notice("prepare", body):
                 self._host.prepare(wire.unpack(body, Prepare))
                 self._may_work_ahead = True
-            case Notice("opened" | "failed"):
+            case Notice("opened" | "failed" | "adapter"):
                 pass  # `_accept` has dealt with it
             case _:
                 _log.warning("unexpected frame %s", type(frame).__name__)
@@ -130,7 +133,8 @@ class Serving:
     def _accept(self, frame: Frame) -> None:
         """What cannot wait for the end of a step; on the receiving thread, also during one.
 
-        Queues a new sequence, and lets go on, or end, a step that waits for weights.
+        Queues a new sequence, learns and forgets adapters in the order of the frames, and lets go
+        on, or end, a step that waits for weights.
         """
         match frame:
             case Call(call_id, "generate", body):
@@ -139,6 +143,14 @@ class Serving:
                         self._generate(call_id, wire.unpack(body, GenerateJob))
                 except Exception as error:
                     self._refused[call_id] = _fault(frame, error)
+            case Call(call_id, "drop", body):
+                try:
+                    self._drop_adapter(AdapterId(wire.unpack(body, str)))
+                except Exception as error:
+                    self._refused[call_id] = _fault(frame, error)
+            case Notice("adapter", body):
+                with self._lock:
+                    self._put_adapter(wire.unpack(body, AdapterImage))
             case Call(method="unload"):
                 self._host.fail_arrival(ReplicaError("the replica was stopped"))
             case Notice("opened", body):
@@ -188,6 +200,15 @@ class Serving:
             self._forget(stream)
             raise
 
+    def _put_adapter(self, image: AdapterImage) -> None:
+        if (engine := self._host.engine) is not None:
+            engine.put_adapter(image)
+
+    def _drop_adapter(self, adapter_id: AdapterId) -> None:
+        """Of a model that is gone, nothing is left to drop."""
+        if (engine := self._host.engine) is not None:
+            engine.drop_adapter(adapter_id)
+
     def _unload(self) -> UnloadReport:
         error = self._arrival_error or ReplicaError("the replica was stopped")
         with self._lock:
@@ -234,6 +255,10 @@ class Serving:
             with self._lock:
                 self._fail_all(engine, InternalError.code, _describe_error("step", error))
             return
+        for sequence_id, reason in engine.failed.items():
+            if stream := self._sequences.get(sequence_id):
+                self._forget(stream)
+                self._link.send(Fault(stream.call_id, reason.code, reason.message))
         touched: dict[int, _Stream] = {}
         for sequence_id, token in outputs:
             if stream := self._sequences.get(sequence_id):

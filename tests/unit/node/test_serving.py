@@ -19,6 +19,7 @@ from flashserve.errors import (
 from flashserve.messages import wire
 from flashserve.messages.wire import Call, Cancel, Credit, End, Fault, Frame, Item, Notice, Reply
 from flashserve.messages.work import (
+    AdapterImage,
     DescribeModel,
     GenerateJob,
     LoadModel,
@@ -33,7 +34,7 @@ from flashserve.messages.work import (
     WorkerStats,
 )
 from flashserve.node.serving import EngineUnusableError, Serving
-from flashserve.types import KVUsage, ModelId, SamplingParams, TokenOutput
+from flashserve.types import AdapterId, KVUsage, ModelId, SamplingParams, TokenOutput
 
 READY = WorkerReady(1, "none", 1)
 
@@ -71,6 +72,8 @@ class Engine:
     reused: ClassVar[dict[str, int]] = {}
 
     def __init__(self) -> None:
+        self.adapters: list[str] = []
+        self.failed: dict[str, FlashServeError] = {}
         self.jobs: dict[str, list[int]] = {}
         self.fails_at_step = -1
         self.is_broken = False
@@ -91,7 +94,17 @@ class Engine:
     def add(self, job: GenerateJob) -> None:
         if not job.prompt_ids:
             raise InputError("the prompt is empty")
+        if job.adapter_id is not None and job.adapter_id not in self.adapters:
+            raise InputError(f"the replica was not told of adapter {job.adapter_id}")
         self.jobs[job.sequence_id] = [0, job.params.max_tokens]
+
+    def put_adapter(self, image: AdapterImage) -> None:
+        self.adapters.append(image.adapter_id)
+
+    def drop_adapter(self, adapter_id: AdapterId) -> None:
+        if adapter_id not in self.adapters:
+            raise RuntimeError("cannot drop")
+        self.adapters.remove(adapter_id)
 
     def abort(self, sequence_id: str) -> None:
         if self.is_broken:
@@ -104,6 +117,8 @@ class Engine:
             raise MemoryError("no memory")
         if self.step_error is not None:
             raise self.step_error
+        for sequence_id in self.failed:
+            self.jobs.pop(sequence_id, None)
         outputs = []
         for sequence_id, (index, end) in list(self.jobs.items()):
             is_last = index + 1 == end
@@ -256,6 +271,42 @@ def test_a_job_without_a_model_is_a_lost_replica() -> None:
     (_, fault) = serve(Host(), [generate(1, 2)]).sent
     assert isinstance(fault, Fault)
     assert fault.code == "replica_failed"
+
+
+def adapted(call_id: int, adapter: str) -> Call:
+    params = SamplingParams(max_tokens=1)
+    job = GenerateJob(f"s{call_id}", (7,), params, adapter_id=AdapterId(adapter))
+    return Call(call_id, "generate", wire.pack(job))
+
+
+def put(adapter: str) -> Notice:
+    return Notice("adapter", wire.pack(AdapterImage(AdapterId(adapter), ())))
+
+
+def test_an_adapter_is_known_from_its_notice_to_its_drop() -> None:
+    drop = Call(2, "drop", wire.pack(AdapterId("x@1")))
+    # In the order of the frames, also where several come at once.
+    turn = [adapted(1, "x@1"), put("x@1"), adapted(3, "x@1"), drop, adapted(4, "x@1")]
+    link = serve(Host(Engine()), turn, [], [put("x@1"), adapted(5, "x@1")], [])
+    refused = [frame for frame in link.sent if isinstance(frame, Fault)]
+    assert [frame.id for frame in refused] == [1, 4]
+    assert all("not told of adapter x@1" in frame.message for frame in refused)
+    assert Reply(2, wire.pack(None)) in link.sent
+    assert indices(items(link, 3)) == indices(items(link, 5)) == [0]
+
+
+def test_a_drop_that_fails_is_a_fault_and_one_without_a_model_is_answered() -> None:
+    drop = Call(1, "drop", wire.pack(AdapterId("x@1")))
+    assert isinstance(serve(Host(Engine()), [drop]).sent[-1], Fault)
+    assert serve(Host(), [put("x@1"), drop]).sent[-1] == Reply(1, wire.pack(None))
+
+
+def test_a_sequence_that_lost_its_adapter_ends_alone() -> None:
+    engine = Engine()
+    engine.failed = {"s1": CheckpointError("adapter x@1 is damaged")}
+    link = serve(Host(engine), [generate(1, 9), generate(2, 1)], [])
+    assert Fault(1, CheckpointError.code, "adapter x@1 is damaged") in link.sent
+    assert link.sent[-1] == End(2)
 
 
 def test_load_describe_stats_and_unload_are_answered() -> None:
