@@ -2,8 +2,8 @@
 
 Each series, scaled by its largest value, is a piecewise-linear trend with changepoints over the
 first 80 % of its past plus Fourier series of the day and the week (Taylor and Letham, "Forecasting
-at scale", 2018), with normal priors. The design is the same for every series, so one Cholesky
-factor solves them all: the state is one row of coefficients each.
+at scale", 2018), with normal priors. The design is the same for every series, so one factor
+of its normal matrix solves them all: the state is one row of coefficients each.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Shape:
     """What the decomposition is made of. Ridge weights are noise variance over prior variance.
 
     bin_minutes: minutes a value covers. holidays: first minutes of days that have their own level.
+    changepoint_ridges: from flexible to stiff; each series gets the one that forecasts it best.
     A season is used only where two of its periods are known, as Prophet does.
     """
 
@@ -36,7 +37,7 @@ class Shape:
     num_changepoints: int = 25
     daily_order: int = 4
     weekly_order: int = 3
-    changepoint_ridge: float = 16.0
+    changepoint_ridges: tuple[float, ...] = (4.0, 32.0)
     season_ridge: float = 1.0
     holidays: tuple[int, ...] = ()
 
@@ -90,15 +91,44 @@ def decompose(values: npt.ArrayLike, start: int, shape: Shape | None = None) -> 
     minutes = start + np.arange(num_bins, dtype=np.int64) * shape.bin_minutes
     end = start + num_bins * shape.bin_minutes
     design = design_matrix(shape, start, end, minutes)
-    normal = design.T @ design + np.diag(_ridge(shape, end - start))
-    # [columns, bins]: what turns the values of any series into its coefficients.
-    solver = np.linalg.solve(normal, design.T).astype(np.float32)
-    coefficients = np.empty((num_series, design.shape[1]), dtype=np.float32)
-    scale = np.empty(num_series, dtype=np.float32)
-    for first in range(0, num_series, _BLOCK_SERIES):
-        block = slice(first, first + _BLOCK_SERIES)
-        coefficients[block], scale[block] = _solve(table[block], solver, design.astype(np.float32))
+    chosen = _stiffness(table, start, shape)
+    coefficients = np.zeros((num_series, design.shape[1]), dtype=np.float32)
+    scale = np.zeros(num_series, dtype=np.float32)
+    for index, changepoint_ridge in enumerate(shape.changepoint_ridges):
+        (rows,) = np.nonzero(chosen == index)
+        ridge = _ridge(shape, end - start, changepoint_ridge)
+        # [columns, bins]: what turns the values of any series into its coefficients.
+        solver = np.linalg.solve(design.T @ design + np.diag(ridge), design.T)
+        for first in range(0, len(rows), _BLOCK_SERIES):
+            block = rows[first : first + _BLOCK_SERIES]
+            coefficients[block], scale[block] = _solve(
+                table[block], solver.astype(np.float32), design.astype(np.float32)
+            )
     return Fitted(shape, start, end, coefficients, scale)
+
+
+def _stiffness(table: npt.NDArray[np.float32], start: int, shape: Shape) -> npt.NDArray[np.intp]:
+    """Which changepoint ridge each series gets: [series], an index.
+
+    The one that, fitted without the last fifth of the past, forecasts it best; where the past is
+    too short for that (under three days), the stiffest.
+    """
+    num_series, num_bins = table.shape
+    num_held = num_bins // 5
+    ridges = shape.changepoint_ridges
+    if len(ridges) == 1 or num_bins * shape.bin_minutes < 3 * DAY_MINUTES:
+        return np.full(num_series, len(ridges) - 1)
+    errors = np.empty((len(ridges), num_series))
+    num_kept = num_bins - num_held
+    held = start + np.arange(num_kept, num_bins, dtype=np.int64) * shape.bin_minutes
+    for index, ridge in enumerate(ridges):
+        one = dataclasses.replace(shape, changepoint_ridges=(ridge,))
+        fitted = decompose(table[:, :num_kept], start, one)
+        miss = np.abs(fitted.values(held) - table[:, num_kept:])
+        errors[index] = np.where(np.isfinite(miss), miss, 0).sum(axis=1)
+    # From the stiffest to the most flexible: a tie (a silent series) goes to the stiffest.
+    best: npt.NDArray[np.intp] = len(ridges) - 1 - np.argmin(errors[::-1], axis=0)
+    return best
 
 
 def design_matrix(shape: Shape, start: int, end: int, minutes: npt.NDArray[np.int64]) -> Floats:
@@ -109,8 +139,7 @@ def design_matrix(shape: Shape, start: int, end: int, minutes: npt.NDArray[np.in
     elapsed = (middle - start) / span
     knots = _knots(shape.num_changepoints, span // shape.bin_minutes)
     blocks: list[Floats] = [np.ones((len(minutes), 1)), elapsed[:, None] - 0.5]
-    since_knot: Floats = np.maximum(elapsed[:, None] - knots[None, :], 0.0)
-    blocks.append(since_knot)
+    blocks.append(np.subtract.outer(elapsed, knots).clip(min=0.0))
     for period, order in _seasons(shape, span):
         blocks.append(_fourier(middle, period, order))
     if shape.holidays:
@@ -190,9 +219,9 @@ def _columns(shape: Shape, span: int) -> dict[str, slice]:
     return {name: slice(bounds[i], bounds[i + 1]) for i, name in enumerate(names)}
 
 
-def _ridge(shape: Shape, span: int) -> Floats:
+def _ridge(shape: Shape, span: int, changepoint_ridge: float) -> Floats:
     columns = _columns(shape, span)
     ridge = np.full(columns["holidays"].stop, shape.season_ridge)
     ridge[:2] = 1e-3  # level and slope are all but free
-    ridge[2 : columns["trend"].stop] = shape.changepoint_ridge
+    ridge[2 : columns["trend"].stop] = changepoint_ridge
     return ridge
