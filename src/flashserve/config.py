@@ -41,6 +41,7 @@ def parse_bytes(value: object) -> object:
 
 
 Bytes = Annotated[int, pydantic.BeforeValidator(parse_bytes), Field(gt=0)]
+Quota = Annotated[int, pydantic.BeforeValidator(parse_bytes), Field(ge=0)]
 Rate = Annotated[int, pydantic.BeforeValidator(parse_bytes), Field(ge=0)]
 """Bytes per second; 0 is no limit."""
 
@@ -109,8 +110,14 @@ class NodeSettings(_Section):
     """What workers compute on; auto is CUDA where there is a device that torch can use."""
     dram_bytes: Bytes = _default_dram_bytes()
     """Size of the arena that holds checkpoints in host memory."""
+    adapter_bytes: Quota | None = None
+    """How much of it is for LoRA adapters alone, in whole 2 MiB; None is an eighth of it."""
     prefault: bool = True
     """Take the arena's memory from the kernel at start, in the background, not on first use."""
+
+    @property
+    def adapter_quota_bytes(self) -> int:
+        return self.dram_bytes // 8 if self.adapter_bytes is None else self.adapter_bytes
 
 
 class StoreSettings(_Section):

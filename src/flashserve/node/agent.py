@@ -23,6 +23,7 @@ from flashserve.messages.events import (
     WorkersChanged,
 )
 from flashserve.messages.work import (
+    AdapterFacts,
     GenerateJob,
     ModelFacts,
     ModelLost,
@@ -30,6 +31,7 @@ from flashserve.messages.work import (
     TokenBatch,
     WorkerStats,
 )
+from flashserve.node.adapters import Adapters
 from flashserve.node.client import ModelResidence, NodeStats
 from flashserve.node.describing import describe
 from flashserve.node.handing import HandoutSocket
@@ -42,7 +44,16 @@ from flashserve.node.staging import Operation, StagedModel, StoreQueue
 from flashserve.node.workers import Launcher, Worker
 from flashserve.store.sources.source import open_source
 from flashserve.store.store import Store
-from flashserve.types import ModelId, ModelSpec, NodeId, NodeSpec, ReplicaId, Tier
+from flashserve.types import (
+    AdapterId,
+    AdapterSpec,
+    ModelId,
+    ModelSpec,
+    NodeId,
+    NodeSpec,
+    ReplicaId,
+    Tier,
+)
 
 _log = structlog.get_logger()
 _STATS_TIMEOUT_S = 2.0
@@ -81,6 +92,7 @@ class Agent:
         self._given_store = store
         self._store: Store
         self._queue: StoreQueue
+        self._adapters: Adapters
         self._pool: WorkerPool
         self._handout: HandoutSocket
         self._is_started = False
@@ -128,19 +140,33 @@ class Agent:
     ) -> AsyncGenerator[TokenBatch, None]:
         if (replica := self._replicas.get(replica_id)) is None:
             raise ReplicaError(f"replica {replica_id} is not on this node")
-        stream = replica.stream(job)
-        try:
+        async with contextlib.AsyncExitStack() as stack:
+            if job.adapter_id is not None:
+                used = self._adapters.use(job.adapter_id, replica.serving)
+                await stack.enter_async_context(used)
+            stream = replica.stream(job)
+            stack.callback(stream.cancel)
             async for batch in stream:
                 is_fetched = batch.waited_s > 0 and replica.is_fetched
                 yield dataclasses.replace(batch, is_fetched=True) if is_fetched else batch
-        finally:
-            stream.cancel()
 
     async def describe(self, uri: str) -> ModelFacts:
         """A spare worker checks that the model can be built; a temporary one if none is spare."""
         snapshot = await self._queue.run(lambda: self._store.inspect(uri))
         lowest_tier = open_source(uri, self._settings.data_dir).lowest_tier
         return await describe(snapshot, lowest_tier, self._pool)
+
+    async def describe_adapter(self, uri: str, base: ModelSpec) -> AdapterFacts:
+        return await self._adapters.describe(uri, base)
+
+    def declare_adapter(self, spec: AdapterSpec) -> None:
+        self._adapters.declare(spec)
+
+    def retire_adapter(self, adapter_id: AdapterId) -> None:
+        self._adapters.retire(adapter_id)
+
+    def prefetch_adapter(self, adapter_id: AdapterId) -> None:
+        self._adapters.prefetch(adapter_id)
 
     async def stats(self) -> NodeStats:
         others = self._handout.leases()
@@ -149,7 +175,8 @@ class Agent:
         # Not in the queue's threads: those may all be busy with what somebody wants to watch.
         residences = await asyncio.to_thread(_residences, self._store, models, others)
         report = await asyncio.to_thread(self._store.report)
-        return NodeStats(self._store.usage(), residences, await self._replica_stats(), report)
+        replicas, adapters = await self._replica_stats(), await self._adapters.residences()
+        return NodeStats(self._store.usage(), residences, replicas, report, adapters)
 
     async def close(self, grace_s: float) -> None:
         """Leaves no process, thread or memory. Workers get grace_s to end by themselves."""
@@ -163,6 +190,7 @@ class Agent:
         if ending:
             await asyncio.wait(ending, timeout=grace_s)
         await self._pool.close(grace_s)
+        await self._adapters.close()
         await asyncio.to_thread(self._store.close)
         await asyncio.gather(*ending)
         await self._queue.close()
@@ -177,10 +205,13 @@ class Agent:
                 node.dram_bytes,
                 node.prefault,
                 self._settings.store,
+                adapter_bytes=node.adapter_quota_bytes,
+                max_lora_rank=self._settings.engine.max_lora_rank,
             )
         else:
             self._store = self._given_store
         self._store.listener = StoreNews(self._damaged, self._come_to_disk, self._left_disk)
+        self._adapters = Adapters(self._store.adapters)
         self._queue = StoreQueue(
             self._store, execute_while_loading=self._settings.store.execute_while_loading
         )
@@ -211,6 +242,7 @@ class Agent:
         self._on_event = _ignore
         self.spec = dataclasses.replace(self.spec, epoch=self.spec.epoch + 1)
         await asyncio.gather(*(self._end(replica) for replica in list(self._replicas.values())))
+        self._adapters.retire_all()
         models, self._models = self._models, {}
         for model_id in models:  # what the new caller knows nothing of would fill the arena
             self._hints.forget(model_id, self._pool.ready)
@@ -231,7 +263,12 @@ class Agent:
         ]
         replica = Replica(order, self._pool, self._queue, self._emit, self._hint, spoilt)
         self._replicas[order.replica_id] = replica
-        replica.task.add_done_callback(lambda _: self._replicas.pop(order.replica_id))
+        replica.task.add_done_callback(lambda _: self._replica_ended(replica))
+
+    def _replica_ended(self, replica: Replica) -> None:
+        del self._replicas[replica.order.replica_id]
+        if worker := replica.worker:
+            self._adapters.forgotten_by(worker)
 
     def _stop_replica(self, order: StopReplica) -> None:
         if replica := self._replicas.get(order.replica_id):
@@ -315,6 +352,7 @@ class Agent:
         for replica in list(self._replicas.values()):
             if replica.worker is worker:
                 replica.lose(reason)
+        self._adapters.forgotten_by(worker)
 
     def _model_lost(self, worker: Worker, lost: ModelLost) -> None:
         """A worker gave up what it had loaded; it is emptied and used again."""

@@ -15,12 +15,18 @@ from flashserve.errors import FlashServeError, UnavailableError, WireError
 from flashserve.messages.commands import NodeCommand
 from flashserve.messages.events import NodeEvent, NodeLost
 from flashserve.messages.wire import Frame, Notice
-from flashserve.messages.work import GenerateJob, ModelFacts, TokenBatch, WorkerStats
+from flashserve.messages.work import AdapterFacts, GenerateJob, ModelFacts, TokenBatch, WorkerStats
 from flashserve.node.channel import Channel, open_channel
-from flashserve.node.protocol import GenerateOrder, Heartbeat, pack_tagged, unpack_event
+from flashserve.node.protocol import (
+    DescribeAdapter,
+    GenerateOrder,
+    Heartbeat,
+    pack_tagged,
+    unpack_event,
+)
 from flashserve.store.dram.arena import ArenaUsage
 from flashserve.store.reporting import StoreReport
-from flashserve.types import ModelId, NodeSpec, ReplicaId, Tier
+from flashserve.types import AdapterId, AdapterSpec, ModelId, ModelSpec, NodeSpec, ReplicaId, Tier
 
 _log = structlog.get_logger()
 
@@ -44,15 +50,25 @@ class ModelResidence:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class AdapterResidence:
+    """Where an adapter's bytes are on a node, what it takes of the arena, and who uses it now."""
+
+    tier: Tier
+    dram_bytes: int
+    num_users: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class NodeStats:
     """models: those with an order to this node and none to leave it since; replicas: those that
-    answered in time; store: None of a node that keeps no bytes.
+    answered in time; store: None of a node that keeps no bytes; adapters: those declared.
     """
 
     dram: ArenaUsage
     models: dict[ModelId, ModelResidence]
     replicas: dict[ReplicaId, WorkerStats]
     store: StoreReport | None = None
+    adapters: dict[AdapterId, AdapterResidence] = dataclasses.field(default_factory=dict)
 
 
 class Node(Protocol):
@@ -86,6 +102,23 @@ class Node(Protocol):
         Raises:
             DeployError: it cannot be served.
         """
+
+    async def describe_adapter(self, uri: str, base: ModelSpec) -> AdapterFacts:
+        """Reads an adapter, its values too, and checks that it can be served on `base`.
+
+        Raises:
+            DeployError: it cannot be served.
+            UnavailableError: there is no room for it now.
+        """
+
+    def declare_adapter(self, spec: AdapterSpec) -> None:
+        """Jobs may name it from now on. Reads nothing; a new `start` forgets it."""
+
+    def retire_adapter(self, adapter_id: AdapterId) -> None:
+        """Jobs that name it end undisturbed, and it leaves with the last."""
+
+    def prefetch_adapter(self, adapter_id: AdapterId) -> None:
+        """Brings it into DRAM ahead of a job. A failure comes with the job."""
 
     async def stats(self) -> NodeStats: ...
 
@@ -151,6 +184,19 @@ class RemoteNode:
 
     async def describe(self, uri: str) -> ModelFacts:
         return await self._require_channel().call("describe", uri, ModelFacts)
+
+    async def describe_adapter(self, uri: str, base: ModelSpec) -> AdapterFacts:
+        order = DescribeAdapter(uri, base)
+        return await self._require_channel().call("describe_adapter", order, AdapterFacts)
+
+    def declare_adapter(self, spec: AdapterSpec) -> None:
+        self._require_channel().notify("declare_adapter", spec)
+
+    def retire_adapter(self, adapter_id: AdapterId) -> None:
+        self._require_channel().notify("retire_adapter", adapter_id)
+
+    def prefetch_adapter(self, adapter_id: AdapterId) -> None:
+        self._require_channel().notify("prefetch_adapter", adapter_id)
 
     async def stats(self) -> NodeStats:
         return await self._require_channel().call("stats", None, NodeStats)

@@ -1,14 +1,18 @@
 """What travels between a controller and a node agent of another process.
 
-| method    | kind                  | body           | answer            |
-|-----------|-----------------------|----------------|-------------------|
-| join      | call                  | -              | NodeSpec          |
-| describe  | call                  | str            | ModelFacts        |
-| stats     | call                  | -              | NodeStats         |
-| generate  | stream                | GenerateOrder  | TokenBatch items  |
-| execute   | notice to the node    | tagged command | -                 |
-| event     | notice from the node  | tagged event   | -                 |
-| heartbeat | notice, both ways     | -              | -                 |
+| method           | kind                 | body            | answer           |
+|------------------|----------------------|-----------------|------------------|
+| join             | call                 | -               | NodeSpec         |
+| describe         | call                 | str             | ModelFacts       |
+| describe_adapter | call                 | DescribeAdapter | AdapterFacts     |
+| stats            | call                 | -               | NodeStats        |
+| generate         | stream               | GenerateOrder   | TokenBatch items |
+| execute          | notice to the node   | tagged command  | -                |
+| declare_adapter  | notice to the node   | AdapterSpec     | -                |
+| retire_adapter   | notice to the node   | AdapterId       | -                |
+| prefetch_adapter | notice to the node   | AdapterId       | -                |
+| event            | notice from the node | tagged event    | -                |
+| heartbeat        | notice, both ways    | -               | -                |
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from flashserve.messages.commands import NodeCommand
 from flashserve.messages.events import NodeEvent
 from flashserve.messages.work import GenerateJob
 from flashserve.node.channel import Channel
-from flashserve.types import ReplicaId
+from flashserve.types import ModelSpec, ReplicaId
 
 HEARTBEAT_INTERVAL_S = 1.0
 MISSED_HEARTBEATS = 3
@@ -36,6 +40,14 @@ MISSED_HEARTBEATS = 3
 class GenerateOrder:
     replica_id: ReplicaId
     job: GenerateJob
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DescribeAdapter:
+    """Can the adapter at this address be served on that model?"""
+
+    uri: str
+    base: ModelSpec
 
 
 class _Tagged(msgspec.Struct, frozen=True, array_like=True):

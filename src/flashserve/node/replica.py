@@ -120,9 +120,13 @@ class Replica:
 
     def stream(self, job: GenerateJob) -> ItemStream[TokenBatch]:
         """Starts a sequence. Raises ReplicaError when the replica is not ready."""
+        return self.serving().channel.stream("generate", job, TokenBatch)
+
+    def serving(self) -> Worker:
+        """The worker that takes its sequences. Raises ReplicaError when there is none now."""
         if self.ready is None or self.is_ending or self.worker is None:
             raise ReplicaError(f"replica {self.order.replica_id} is not ready")
-        return self.worker.channel.stream("generate", job, TokenBatch)
+        return self.worker
 
     async def _run(self) -> None:
         starting = asyncio.create_task(self._start())

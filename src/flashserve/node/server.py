@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import ipaddress
 import socket
 from collections.abc import Callable
@@ -24,7 +25,14 @@ from flashserve.messages.events import NodeEvent
 from flashserve.messages.wire import Call, Cancel, Credit, End, Fault, Frame, Item, Notice, Reply
 from flashserve.node.channel import Channel
 from flashserve.node.client import Node
-from flashserve.node.protocol import GenerateOrder, Heartbeat, pack_tagged, unpack_command
+from flashserve.node.protocol import (
+    DescribeAdapter,
+    GenerateOrder,
+    Heartbeat,
+    pack_tagged,
+    unpack_command,
+)
+from flashserve.types import AdapterId, AdapterSpec
 
 _log = structlog.get_logger()
 
@@ -147,10 +155,8 @@ class _Session:
         match frame:
             case Notice("heartbeat"):
                 pass
-            case Notice("execute", body):
-                command = unpack_command(body)
-                if self._server.has_joined(self):
-                    self._agent.execute(command)
+            case Notice(method, body):
+                self._take_order(method, body)
             case Call(call_id, method, body):
                 self._start_answer(call_id, method, body)
             case Credit(call_id, num_items):
@@ -161,6 +167,25 @@ class _Session:
                     answer.cancel()
             case _:
                 raise WireError(f"a controller sent an unexpected {type(frame).__name__}")
+
+    def _take_order(self, method: str, body: msgspec.Raw) -> None:
+        """What a controller tells its node; from one that has not joined it counts for nothing."""
+        match method:
+            case "execute":
+                order = functools.partial(self._agent.execute, unpack_command(body))
+            case "declare_adapter":
+                spec = wire.unpack(body, AdapterSpec)
+                order = functools.partial(self._agent.declare_adapter, spec)
+            case "retire_adapter":
+                adapter_id = AdapterId(wire.unpack(body, str))
+                order = functools.partial(self._agent.retire_adapter, adapter_id)
+            case "prefetch_adapter":
+                adapter_id = AdapterId(wire.unpack(body, str))
+                order = functools.partial(self._agent.prefetch_adapter, adapter_id)
+            case _:
+                raise WireError(f"a controller sent the unknown notice {method[:40]}")
+        if self._server.has_joined(self):
+            order()
 
     def _start_answer(self, call_id: int, method: str, body: msgspec.Raw) -> None:
         if call_id in self._answers:
@@ -189,6 +214,10 @@ class _Session:
             case "describe":
                 facts = await self._agent.describe(wire.unpack(body, str))
                 return Reply(call_id, wire.pack(facts))
+            case "describe_adapter":
+                order = wire.unpack(body, DescribeAdapter)
+                found = await self._agent.describe_adapter(order.uri, order.base)
+                return Reply(call_id, wire.pack(found))
             case "stats":
                 return Reply(call_id, wire.pack(await self._agent.stats()))
             case "generate":

@@ -16,6 +16,7 @@ from typing import ClassVar
 from flashserve.engine.gates import Gates
 from flashserve.errors import FlashServeError, SelfCheckError, error_from_code
 from flashserve.messages.work import (
+    AdapterImage,
     DescribeModel,
     GenerateJob,
     LoadModel,
@@ -29,7 +30,7 @@ from flashserve.messages.work import (
 from flashserve.node.link import Link
 from flashserve.node.serving import EngineUnusableError, Serving
 from flashserve.node.worker import die_with_parent, parse_arguments
-from flashserve.types import KVUsage, ModelId, TokenOutput
+from flashserve.types import AdapterId, KVUsage, ModelId, TokenOutput
 
 
 @dataclasses.dataclass
@@ -63,6 +64,7 @@ class FakeEngine:
 
     num_waiting = 0
     reused: ClassVar[dict[str, int]] = {}
+    failed: ClassVar[dict[str, FlashServeError]] = {}
 
     @property
     def waited_s(self) -> float:
@@ -76,6 +78,12 @@ class FakeEngine:
         if self._script.refuses_job:
             raise error_from_code("context_length_exceeded", "the prompt is too long")
         self._left[job.sequence_id] = (len(job.emitted_ids), job.params.max_tokens)
+
+    def put_adapter(self, image: AdapterImage) -> None:
+        print(f"has {image.adapter_id}", flush=True)
+
+    def drop_adapter(self, adapter_id: AdapterId) -> None:
+        print(f"drops {adapter_id}", flush=True)
 
     def abort(self, sequence_id: str) -> None:
         self._left.pop(sequence_id, None)

@@ -9,7 +9,7 @@ import collections
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from flashserve.config import StoreSettings
 from flashserve.errors import ConflictError, UnavailableError
@@ -161,20 +161,22 @@ class AdapterTier:
     def usage(self) -> ArenaUsage:
         return self._zone.usage()
 
-    def dram_bytes(self, identity: str) -> int:
-        """Bytes of the arena that an adapter takes; 0 when it is not there."""
-        image = self._shelf.models().get(ModelId(identity))
-        return image.num_bytes if image else 0
-
-    def tier(self, spec: AdapterSpec) -> Tier:
-        """The highest tier that holds all of its bytes."""
-        image = self._shelf.models().get(ModelId(spec.identity))
-        if image is not None and image.is_whole:
-            return Tier.DRAM
-        if not self._origins.is_far(spec.source):
-            return Tier.DISK
-        disk = self._origins.disk
-        return Tier.DISK if disk is not None and disk.find(spec.identity) else Tier.REMOTE
+    def where(self, specs: Iterable[AdapterSpec]) -> dict[str, tuple[Tier, int]]:
+        """By identity the highest tier that holds all of an adapter's bytes, and how many bytes of
+        the arena it takes.
+        """
+        images, disk = self._shelf.models(), self._origins.disk
+        stored = {each.listing.identity for each in disk.checkpoints()} if disk else set()
+        found: dict[str, tuple[Tier, int]] = {}
+        for spec in specs:
+            image = images.get(ModelId(spec.identity))
+            if image is not None and image.is_whole:
+                tier = Tier.DRAM
+            else:
+                is_far = self._origins.is_far(spec.source) and spec.identity not in stored
+                tier = Tier.REMOTE if is_far else Tier.DISK
+            found[spec.identity] = tier, image.num_bytes if image else 0
+        return found
 
     def _stage(self, origin: Origin, adapter: AdapterSnapshot) -> AdapterLease:
         """A lease of an adapter whose bytes are all there by then."""
