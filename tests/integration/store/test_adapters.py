@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tests.adapters import PREFIX, Q0, linear, write_adapter, write_base
+from tests.integration.store import objectstore
 
 from flashserve.config import StoreSettings
 from flashserve.errors import (
@@ -73,8 +75,13 @@ def dram_bytes(store: Store, spec: AdapterSpec) -> int:
 
 def wait_empty(store: Store) -> None:
     """What has just come is looked through once in the background, and goes after that."""
-    while store.adapters.usage().used:
-        pass
+    until(lambda: not store.adapters.usage().used)
+
+
+def until(fact: Callable[[], bool]) -> None:
+    """For what no call waits for."""
+    while not fact():
+        time.sleep(0.001)
 
 
 def wide(directory: Path, kib: int, seed: int = 0) -> Path:
@@ -268,3 +275,55 @@ def test_equal_adapters_of_two_names_are_in_dram_once(
     first, second = (register(store, base, directory, version) for version in (1, 2))
     with store.adapters.hold(first), store.adapters.hold(second):
         assert store.adapters.usage().used == 64 * KIB
+
+
+def test_an_adapter_of_an_object_store_comes_to_disk_and_stays_when_the_store_has_gone(
+    make_store: Callable[..., Store],
+    base: ModelSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bucket = tmp_path / "buckets" / "adapters"
+    write_adapter(bucket / "a")
+    (bucket / "a" / "tokenizer.json").write_text("{}")
+    (bucket / "a" / "optimizer.pt").write_bytes(b"pickled")
+    uri = "s3://adapters/a"
+    with objectstore.serving(tmp_path / "buckets", tmp_path / "server.log") as endpoint:
+        objectstore.configure(monkeypatch, endpoint, tmp_path)
+        store = make_store()
+        found = store.adapters.admit(uri, base)
+        assert sorted(path.name for path in found.directory.iterdir()) == ["adapter_config.json"]
+        spec = AdapterSpec("a", 1, base.model_id, uri, found.size_bytes, found.identity)
+        until(lambda: store.adapters.where([spec])[found.identity][0] is Tier.DRAM)
+        store.adapters.forget(found.identity)
+        until(lambda: store.adapters.where([spec])[found.identity] == (Tier.DISK, 0))
+        store.close()
+    store = make_store()
+    with store.adapters.hold(spec) as lease:
+        expected = linear(Q0, 4, 32, 32)[f"{PREFIX}{Q0}.lora_A.weight"]
+        np.testing.assert_array_equal(read(store, lease), expected)
+    assert store._reporter.report().disk.num_models == 1
+
+
+def test_an_object_that_was_replaced_must_be_added_again(
+    make_store: Callable[..., Store],
+    base: ModelSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_adapter(tmp_path / "buckets" / "adapters" / "a")
+    uri = "s3://adapters/a"
+    with objectstore.serving(tmp_path / "buckets", tmp_path / "server.log") as endpoint:
+        objectstore.configure(monkeypatch, endpoint, tmp_path)
+        store = make_store()
+        found = store.adapters.admit(uri, base)
+        spec = AdapterSpec("a", 1, base.model_id, uri, found.size_bytes, found.identity)
+        store.adapters.forget(found.identity)
+        until(lambda: store.adapters.where([spec])[found.identity] == (Tier.DISK, 0))
+        write_adapter(tmp_path / "buckets" / "adapters" / "a", seed=5, rank=8)
+        store.adapters.hold(spec).release()  # the version that was added is on disk
+        store.adapters.forget(found.identity)
+        wait_empty(store)
+        store._origins.disk.evict(found.identity)
+        with pytest.raises(CheckpointError, match="add it again"):
+            store.adapters.hold(spec)

@@ -21,13 +21,13 @@ from pathlib import Path
 from flashserve.config import StoreSettings
 from flashserve.errors import DeployError
 from flashserve.store.sources.listed import ListedFiles
-from flashserve.store.checkpoint.snapshot import read_snapshot
+from flashserve.store.checkpoint.layout import read_layout
 from flashserve.store.sources.source import open_source
 
 source = open_source(sys.argv[1], Path(), StoreSettings(remote_retries=1))
 try:
     listing = source.listing()
-    found = read_snapshot(ListedFiles(source, listing, Path()), source.uri, listing.identity)
+    layout = read_layout(ListedFiles(source, listing, Path()))
     contents = {}
     for file in listing.files:
         reader = source.open(file)
@@ -39,7 +39,7 @@ try:
         "identity": listing.identity,
         "files": {file.name: [file.identity, dict(file.digests)] for file in listing.files},
         "contents": contents,
-        "tensors": len(found.layout.tensors),
+        "tensors": len(layout.tensors),
         "tier": source.lowest_tier.label,
         "torch": "torch" in sys.modules,
     }))
@@ -205,6 +205,36 @@ def test_a_repository_is_listed_and_read_as_it_is(hub, ask):
     assert sha256 in identity
     assert COMMIT in found["identity"]
     assert COMMIT in found["files"]["config.json"][0]
+
+
+@pytest.fixture
+def adapter(hub):
+    """The repository holds an adapter, and a tokenizer beside it."""
+    weights = {"base_model.model.q_proj.lora_A.weight": np.zeros((4, 8), np.float32)}
+    hub.files = {
+        "adapter_config.json": b'{"peft_type": "LORA"}',
+        "adapter_model.safetensors": safetensors.numpy.save(weights),
+        "tokenizer.json": b"{}",
+    }
+    return {name: data.hex() for name, data in hub.files.items() if name.startswith("adapter")}
+
+
+def test_an_adapters_repository_is_read_without_its_bases_tokenizer(adapter, ask):
+    found = ask()
+    assert found["contents"] == adapter
+    assert found["tier"] == "remote"
+
+
+def test_an_adapter_in_the_hubs_cache_is_read_there(hub, adapter, ask, tmp_path):
+    snapshot = tmp_path / "home/hub/models--org--model/snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs/main").write_text(COMMIT)
+    for name in adapter:
+        (snapshot / name).write_bytes(hub.files[name])
+    found = ask(HF_HUB_OFFLINE="1")
+    assert found["contents"] == adapter
+    assert found["tier"] == "disk"
 
 
 def test_a_commit_is_a_revision(hub, ask):
