@@ -42,9 +42,9 @@ class Arima:
         self._window = window
         self._fitted: dict[str, Any] = {}
 
-    def fit(self, history: History) -> None:
+    def fit(self, history: History, weights: Floats | None = None) -> None:
         """Forgets what was fitted, so that the order is searched anew."""
-        del history
+        del history, weights
         self._fitted = {}
 
     def predict(self, history: History, leads: Sequence[int]) -> Prediction:

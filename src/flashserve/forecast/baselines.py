@@ -1,4 +1,4 @@
-"""Forecasters that platforms use today, to be measured against: each an ArrivalModel.
+"""Forecasters that platforms use today, to be measured against: each a FollowingModel.
 
 Naive (also NVIDIA Dynamo's "constant"), seasonal naive, EWMA, Dynamo's Kalman filter, and the
 Fourier extrapolation of IceBreaker. Policies that decide without a forecast are in `keeping`,
@@ -13,53 +13,67 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from flashserve.forecast.core import Floats, History, Prediction
+from flashserve.forecast.core import (
+    Floats,
+    Follower,
+    History,
+    Prediction,
+    known_counts,
+    replay,
+)
 from flashserve.forecast.counts import poisson_prediction
 
 DAY = 1440
 
 
-class SteadyModel(abc.ABC):
-    """Base of models that expect every coming minute to be like the next one."""
+class _Baseline(abc.ABC):
+    """What all of them share: nothing to learn, and a prediction is what a follower says."""
 
     name: str
 
-    def fit(self, history: History) -> None:  # noqa: B027 - what most of them do
+    def fit(self, history: History, weights: Floats | None = None) -> None:  # noqa: B027
         """Nothing is shared between series."""
 
     @abc.abstractmethod
-    def levels(self, history: History, first: int) -> tuple[Floats, Floats]:
-        """Chance of an arrival and mean count per minute, as known before each minute.
-
-        Both [series, history.end - first + 1]: before `first`, ..., before `history.end`.
-        """
+    def follow(self, names: Sequence[str], start: int) -> Follower: ...
 
     def predict(self, history: History, leads: Sequence[int]) -> Prediction:
-        chance, mean = self.levels(history, history.end)
-        steps = np.asarray(leads, np.float64)
-        return poisson_prediction(mean * steps, 1 - (1 - chance) ** steps)
-
-    def sweep(self, history: History, first: int, leads: Sequence[int]) -> Floats:
-        """P(arrival) as `predict` says before each minute from first: [series, minutes, leads]."""
-        chance, _ = self.levels(history, first)
-        steps = np.asarray(leads, np.float64)
-        swept: Floats = 1 - (1 - chance[:, :-1, None]) ** steps
-        return swept
+        return replay(self, history, leads)
 
 
-class Naive(SteadyModel):
+def _steady(chance: Floats, mean: Floats, leads: Sequence[int]) -> Prediction:
+    """Every coming minute like the next one; chance and mean of a minute: [series]."""
+    steps = np.asarray(leads, np.float64)
+    return poisson_prediction(mean[:, None] * steps, 1 - (1 - chance[:, None]) ** steps)
+
+
+def _within(path: Floats, leads: Sequence[int]) -> Prediction:
+    """From the expected counts of each coming minute, [series, minutes]."""
+    return poisson_prediction(np.cumsum(path, axis=1)[:, np.asarray(leads) - 1])
+
+
+class Naive(_Baseline):
     """Every minute will be as the last one."""
 
     name = "naive"
 
-    def levels(self, history: History, first: int) -> tuple[Floats, Floats]:
-        counts = np.nan_to_num(history.counts).astype(np.float64)
-        before = np.concatenate([np.zeros((len(counts), 1)), counts], axis=1)
-        mean = before[:, first - history.start :]
-        return -np.expm1(-mean), mean
+    def follow(self, names: Sequence[str], start: int) -> Follower:
+        del start
+        return _NaiveFollower(len(names))
 
 
-class Ewma(SteadyModel):
+class _NaiveFollower:
+    def __init__(self, num_series: int) -> None:
+        self._last = np.zeros(num_series)
+
+    def advance(self, counts: npt.ArrayLike) -> None:
+        self._last = np.nan_to_num(known_counts(counts))
+
+    def forecast(self, leads: Sequence[int]) -> Prediction:
+        return _steady(-np.expm1(-self._last), self._last, leads)
+
+
+class Ewma(_Baseline):
     """Exponentially weighted means of the count, and of whether there was any.
 
     Weights halve every `half_life` minutes. `prior_minutes` of the mean activity of all fitted
@@ -72,34 +86,37 @@ class Ewma(SteadyModel):
         self._prior_minutes = prior_minutes
         self._prior = 0.01
 
-    def fit(self, history: History) -> None:
-        known = ~np.isnan(history.counts)
-        if known.any():
-            self._prior = float((history.counts > 0).sum() / known.sum())
+    def fit(self, history: History, weights: Floats | None = None) -> None:
+        share = np.ones(len(history.names)) if weights is None else weights
+        watched = float(share @ (~np.isnan(history.counts)).sum(axis=1))
+        if watched:
+            self._prior = float(share @ (history.counts > 0).sum(axis=1)) / watched
 
-    def levels(self, history: History, first: int) -> tuple[Floats, Floats]:
-        num_series, num_minutes = history.counts.shape
-        known = ~np.isnan(history.counts)
-        counts = np.nan_to_num(history.counts).astype(np.float64)
-        offset = first - history.start
-        shape = (num_series, num_minutes - offset + 1)
-        chances, means = np.empty(shape), np.empty(shape)
-        weight = np.full(num_series, self._prior_minutes)
-        active = weight * self._prior
-        total = weight * self._prior
-        for column in range(num_minutes + 1):
-            if column >= offset:
-                chances[:, column - offset] = active / weight
-                means[:, column - offset] = total / weight
-            if column < num_minutes:
-                step = np.where(known[:, column], self._decay, 1.0)
-                weight = weight * step + known[:, column]
-                active = active * step + (counts[:, column] > 0)
-                total = total * step + counts[:, column]
-        return chances, means
+    def follow(self, names: Sequence[str], start: int) -> Follower:
+        del start
+        return _EwmaFollower(len(names), self._decay, self._prior, self._prior_minutes)
 
 
-class Kalman(SteadyModel):
+class _EwmaFollower:
+    def __init__(self, num_series: int, decay: float, prior: float, prior_minutes: float) -> None:
+        self._decay = decay
+        self._weight = np.full(num_series, prior_minutes)
+        self._active = self._weight * prior
+        self._total = self._weight * prior
+
+    def advance(self, counts: npt.ArrayLike) -> None:
+        values = known_counts(counts)
+        known = ~np.isnan(values)
+        step = np.where(known, self._decay, 1.0)
+        self._weight = self._weight * step + known
+        self._active = self._active * step + (values > 0)
+        self._total = self._total * step + np.nan_to_num(values)
+
+    def forecast(self, leads: Sequence[int]) -> Prediction:
+        return _steady(self._active / self._weight, self._total / self._weight, leads)
+
+
+class Kalman(_Baseline):
     """A local linear trend filtered from the counts, as in NVIDIA Dynamo's planner.
 
     Its variances are the planner's defaults (level 1, trend 0.1, observation 10); it starts with a
@@ -108,70 +125,86 @@ class Kalman(SteadyModel):
 
     name = "kalman"
 
-    def __init__(self, level: float = 1.0, trend: float = 0.1, noise: float = 10.0) -> None:
+    def __init__(
+        self, level: float = 1.0, trend: float = 0.1, noise: float = 10.0, min_points: int = 5
+    ) -> None:
         self._drift = np.diag([level, trend])
         self._noise = noise
-        self._min_points = 5
+        self._min_points = min_points
 
-    def levels(self, history: History, first: int) -> tuple[Floats, Floats]:
-        counts = np.nan_to_num(history.counts).astype(np.float64)
-        num_series, num_minutes = counts.shape
-        offset = first - history.start
-        means = np.zeros((num_series, num_minutes - offset + 1))
-        state = np.zeros((num_series, 2))
-        age = np.zeros(num_series, np.int64)
-        gains = self._gains(num_minutes)
-        last = np.zeros(num_series)
-        for column in range(num_minutes + 1):
-            ahead = state[:, 0] + state[:, 1]
-            if column >= offset:
-                means[:, column - offset] = np.where(age < self._min_points, last, ahead)
-            if column == num_minutes:
-                break
-            last = counts[:, column]
-            gain = gains[np.maximum(age - 1, 0)]
-            surprise = last - ahead
-            moved = np.stack([ahead, state[:, 1]], axis=1) + gain * surprise[:, None]
-            started = (age > 0)[:, None]
-            state = np.where(started, moved, np.stack([last, np.zeros(num_series)], axis=1))
-            age = np.where((age > 0) | (last > 0), age + 1, 0)
-        means = np.maximum(means, 0.0)
-        return -np.expm1(-means), means
+    def follow(self, names: Sequence[str], start: int) -> Follower:
+        del start
+        return _KalmanFollower(len(names), self._drift, self._noise, self._min_points)
 
-    def _gains(self, num_steps: int) -> Floats:
-        """[steps, 2]: they do not depend on what is observed, only on how much."""
+
+class _KalmanFollower:
+    """Series of equal age have equal gains, whatever they counted: one recursion gives them all."""
+
+    def __init__(self, num_series: int, drift: Floats, noise: float, min_points: int) -> None:
+        self._drift, self._noise, self._min_points = drift, noise, min_points
+        self._level, self._slope = np.zeros(num_series), np.zeros(num_series)
+        self._last = np.zeros(num_series)
+        self._age = np.zeros(num_series, np.int64)
+        self._spread = np.eye(2) * 1000.0
+        self._gains = np.zeros((1, 2))
+
+    def advance(self, counts: npt.ArrayLike) -> None:
+        self._last = np.nan_to_num(known_counts(counts))
+        self._add_gain()
+        begun = self._age > 0
+        gain = self._gains[self._age]
+        ahead = self._level + self._slope
+        surprise = np.where(begun, self._last - ahead, 0.0)
+        self._level = np.where(begun, ahead + gain[:, 0] * surprise, self._last)
+        self._slope = self._slope + gain[:, 1] * surprise
+        self._age += begun | (self._last > 0)
+
+    def _add_gain(self) -> None:
+        """The gain of a series that has been observed once more than any so far."""
         step = np.array([[1.0, 1.0], [0.0, 1.0]])
-        spread = np.eye(2) * 1000.0
-        gains = np.empty((max(num_steps, 1), 2))
-        for number in range(len(gains)):
-            spread = step @ spread @ step.T + self._drift
-            gain = spread[:, 0] / (spread[0, 0] + self._noise)
-            spread = spread - np.outer(gain, spread[0])
-            gains[number] = gain
-        return gains
+        spread = step @ self._spread @ step.T + self._drift
+        gain = spread[:, 0] / (spread[0, 0] + self._noise)
+        self._spread = spread - np.outer(gain, spread[0])
+        self._gains = np.concatenate([self._gains, gain[None]])
+
+    def forecast(self, leads: Sequence[int]) -> Prediction:
+        ahead = np.maximum(self._level + self._slope, 0.0)
+        mean = np.where(self._age < self._min_points, self._last, ahead)
+        return _steady(-np.expm1(-mean), mean, leads)
 
 
-class SeasonalNaive:
+class SeasonalNaive(_Baseline):
     """As many as in the same minutes one season ago; before there was one, the mean so far."""
 
     def __init__(self, season: int = DAY) -> None:
         self.name = f"seasonal-naive-{season}"
         self._season = season
 
-    def fit(self, history: History) -> None:
-        """Nothing is shared between series."""
-
-    def predict(self, history: History, leads: Sequence[int]) -> Prediction:
-        counts = np.nan_to_num(history.counts).astype(np.float64)
-        num_minutes = counts.shape[1]
-        ahead = np.arange(max(leads))
-        back = num_minutes + ahead - self._season * (ahead // self._season + 1)
-        typical = counts.mean(axis=1, keepdims=True) if num_minutes else np.zeros((len(counts), 1))
-        path = np.where(back >= 0, counts[:, np.maximum(back, 0)] if num_minutes else 0.0, typical)
-        return poisson_prediction(_within(path, leads))
+    def follow(self, names: Sequence[str], start: int) -> Follower:
+        del start
+        return _SeasonalFollower(len(names), self._season)
 
 
-class Fourier:
+class _SeasonalFollower:
+    def __init__(self, num_series: int, season: int) -> None:
+        self._recent = _Recent(num_series, season)
+        self._season = season
+        self._total = np.zeros(num_series)
+
+    def advance(self, counts: npt.ArrayLike) -> None:
+        values = np.nan_to_num(known_counts(counts))
+        self._total += values
+        self._recent.add(values)
+
+    def forecast(self, leads: Sequence[int]) -> Prediction:
+        table, known = self._recent.table(), self._recent.num_minutes
+        ahead = np.arange(max(leads)) % self._season
+        typical = (self._total / max(known, 1))[:, None]
+        is_seen = ahead >= self._season - known
+        return _within(np.where(is_seen, table[:, ahead], typical), leads)
+
+
+class Fourier(_Baseline):
     """The strongest harmonics of the last minutes around a quadratic trend, as in IceBreaker.
 
     Source: IceBreaker, ASPLOS 2022, section 4.1: a polynomial and the ten strongest waves, from a
@@ -184,25 +217,33 @@ class Fourier:
         self._window = window
         self._num_harmonics = num_harmonics
 
-    def fit(self, history: History) -> None:
-        """Nothing is shared between series."""
+    def follow(self, names: Sequence[str], start: int) -> Follower:
+        del start
+        return _FourierFollower(len(names), self._window, self._num_harmonics)
 
-    def predict(self, history: History, leads: Sequence[int]) -> Prediction:
-        recent = np.nan_to_num(history.counts[:, -self._window :]).astype(np.float64)
-        num_series, length = recent.shape
-        horizon = max(leads)
+
+class _FourierFollower:
+    def __init__(self, num_series: int, window: int, num_harmonics: int) -> None:
+        self._recent = _Recent(num_series, window)
+        self._num_harmonics = num_harmonics
+
+    def advance(self, counts: npt.ArrayLike) -> None:
+        self._recent.add(np.nan_to_num(known_counts(counts)))
+
+    def forecast(self, leads: Sequence[int]) -> Prediction:
+        table, horizon = self._recent.table(), max(leads)
+        length = min(self._recent.num_minutes, table.shape[1])
         if length < 4:
-            return poisson_prediction(np.zeros((num_series, len(leads))))
+            return _within(np.zeros((len(table), horizon)), leads)
+        recent = table[:, -length:]
         at = np.arange(length + horizon) / length
         basis = np.stack([np.ones_like(at), at, at**2], axis=1)
-        trend = np.linalg.lstsq(basis[:length], recent.T, rcond=None)[0]
+        trend = np.linalg.pinv(basis[:length]) @ recent.T
         spectrum = np.fft.rfft(recent - (basis[:length] @ trend).T, axis=1)
-        spectrum[:, 0] = 0
-        num_kept = min(self._num_harmonics, spectrum.shape[1])
-        strongest = np.argpartition(-np.abs(spectrum), num_kept - 1, axis=1)[:, :num_kept]
-        waves = _continued(spectrum, strongest, length, horizon)
-        path = np.maximum((basis[length:] @ trend).T + waves, 0.0)
-        return poisson_prediction(_within(path, leads))
+        num_kept = min(self._num_harmonics, spectrum.shape[1] - 1)
+        strongest = 1 + np.argpartition(-np.abs(spectrum[:, 1:]), num_kept - 1, axis=1)
+        waves = _continued(spectrum, strongest[:, :num_kept], length, horizon)
+        return _within(np.maximum((basis[length:] @ trend).T + waves, 0.0), leads)
 
 
 def _continued(
@@ -218,8 +259,24 @@ def _continued(
     return waves
 
 
-def _within(path: Floats, leads: Sequence[int]) -> Floats:
-    """Expected counts per coming minute, [series, minutes], as counts within each lead."""
-    total = np.cumsum(path, axis=1)
-    within: Floats = total[:, np.asarray(leads) - 1]
-    return within
+class _Recent:
+    """The counts of the last `window` minutes, the newest last; zero before there were any."""
+
+    def __init__(self, num_series: int, window: int) -> None:
+        self._window = window
+        # Twice as long, so that a window moves back once in `window` minutes only.
+        self._counts = np.zeros((num_series, 2 * window))
+        self._end = window
+        self.num_minutes = 0
+
+    def add(self, counts: Floats) -> None:
+        if self._end == self._counts.shape[1]:
+            self._counts[:, : self._window] = self._counts[:, self._window :]
+            self._end = self._window
+        self._counts[:, self._end] = counts
+        self._end += 1
+        self.num_minutes += 1
+
+    def table(self) -> Floats:
+        """[series, window]."""
+        return self._counts[:, self._end - self._window : self._end]

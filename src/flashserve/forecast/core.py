@@ -59,8 +59,11 @@ class ArrivalModel(Protocol):
 
     name: str
 
-    def fit(self, history: History) -> None:
-        """Learns what all series share, and what each has of its own."""
+    def fit(self, history: History, weights: Floats | None = None) -> None:
+        """Learns what all series share, and what each has of its own.
+
+        weights: [series], how many series of the population each stands for.
+        """
 
     def predict(self, history: History, leads: Sequence[int]) -> Prediction:
         """Forecasts from `history.end` on, for leads in minutes, ascending.

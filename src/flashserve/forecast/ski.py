@@ -25,7 +25,7 @@ class SkiRental:
 
     name = "ski-rental"
 
-    def fit(self, history: History) -> None:
+    def fit(self, history: History, weights: Floats | None = None) -> None:
         """Nothing to learn: the rule is for want of history."""
 
     def follow(self, names: Sequence[str], start: int) -> _SkiFollower:

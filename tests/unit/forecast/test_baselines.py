@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 from flashserve.forecast.arima import Arima, next_gap
-from flashserve.forecast.baselines import Ewma, Fourier, Kalman, Naive, SeasonalNaive, SteadyModel
+from flashserve.forecast.baselines import Ewma, Fourier, Kalman, Naive, SeasonalNaive
 from flashserve.forecast.core import ArrivalModel, History
 from flashserve.forecast.counts import poisson_quantiles
 from flashserve.forecast.decisions import Policy
 from flashserve.forecast.keeping import FixedKeepAlive, HistogramSettings, HybridHistogram
 
-STEADY = [Naive(), Ewma(5), Kalman()]
-MODELS: list[ArrivalModel] = [*STEADY, SeasonalNaive(20), Fourier(40), Arima()]
+MODELS: list[ArrivalModel] = [Naive(), Ewma(5), Kalman(), SeasonalNaive(20), Fourier(40), Arima()]
 POLICIES: list[Policy] = [FixedKeepAlive(7), HybridHistogram(HistogramSettings(range_minutes=20))]
 
 
@@ -50,15 +49,6 @@ def test_no_history_at_all_is_a_forecast_too(model: ArrivalModel) -> None:
     said = model.predict(some_history().before(500), [1, 5])
     assert np.isfinite(said.mean).all()
     assert np.isfinite(said.p_arrival).all()
-
-
-@pytest.mark.parametrize("model", STEADY, ids=lambda model: model.name)
-def test_sweeping_says_what_forecasting_before_each_minute_says(model: SteadyModel) -> None:
-    known = some_history()
-    swept = model.sweep(known, 560, [1, 10])
-    for number, minute in enumerate(range(560, known.end)):
-        alone = model.predict(known.before(minute), [1, 10]).p_arrival
-        assert swept[:, number] == pytest.approx(alone)
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
@@ -112,8 +102,7 @@ def test_kalman_follows_a_line() -> None:
 
 def test_kalman_of_two_steps_by_hand() -> None:
     """With the first count as level and a spread of 1000: the textbook recursion, written out."""
-    model = Kalman()
-    model._min_points = 1
+    model = Kalman(min_points=1)
     p = np.eye(2) * 1000.0
     f = np.array([[1.0, 1.0], [0.0, 1.0]])
     x = np.array([3.0, 0.0])
