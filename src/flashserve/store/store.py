@@ -128,7 +128,7 @@ class Store:
         if needed > total:
             raise ModelTooLargeError(
                 f"{snapshot.uri} holds {snapshot.size_bytes} bytes of weights and needs {needed} "
-                f"of memory; the arena has {total}: raise node.dram_bytes"
+                f"of memory; the arena has {total} for models: raise node.dram_bytes"
             )
         return snapshot
 

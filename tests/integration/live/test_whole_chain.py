@@ -57,7 +57,9 @@ class Chain:
     def start(self) -> None:
         settings = Settings(
             data_dir=self.root / "data",
-            node=NodeSettings(num_workers=1, threads_per_worker=1, dram_bytes=ARENA_BYTES),
+            node=NodeSettings(
+                num_workers=1, threads_per_worker=1, dram_bytes=ARENA_BYTES, adapter_bytes=0
+            ),
             engine=EngineSettings(kv_bytes=16 << 20, max_batch_tokens=128),
             policy=PolicySettings(queue_limit=2, slot_patience_s=3600.0),
         )

@@ -167,12 +167,20 @@ def job(sequence_id: str, max_tokens: int = 5, *, prompt: Sequence[int] = (1, 2,
 
 
 def make_settings(
-    data_dir: pathlib.Path, num_workers: int = 1, arena_bytes: int = 8 * MIB, **engine: Any
+    data_dir: pathlib.Path,
+    num_workers: int = 1,
+    arena_bytes: int = 8 * MIB,
+    adapter_bytes: int = 0,
+    **engine: Any,
 ) -> Settings:
     return Settings(
         data_dir=data_dir,
         node=NodeSettings(
-            num_workers=num_workers, dram_bytes=arena_bytes, prefault=False, threads_per_worker=1
+            num_workers=num_workers,
+            dram_bytes=arena_bytes,
+            adapter_bytes=adapter_bytes,
+            prefault=False,
+            threads_per_worker=1,
         ),
         engine=EngineSettings(**engine),
     )

@@ -405,7 +405,8 @@ async def serve(bench: Bench, directory: Path) -> None:
 @pytest.mark.parametrize("kind", ["in-process", "unix"])
 def test_a_node_serves_adapters(tmp_path: Path, kind: str) -> None:
     async def check() -> None:
-        async with running_node(kind, make_settings(tmp_path / "data", 1, 16 * MIB)) as bench:
+        settings = make_settings(tmp_path / "data", 1, 16 * MIB, 2 * MIB)
+        async with running_node(kind, settings) as bench:
             await serve(bench, tmp_path)
 
     run(check())
