@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import statistics
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +12,8 @@ import numpy as np
 from flashserve.forecast.core import QUANTILE_LEVELS, Floats, Prediction
 
 _EXACT_BELOW = 60.0
+_MAX_EXACT = 120
+_BISECTIONS = 60
 
 
 def poisson_prediction(mean: Floats, p_arrival: Floats | None = None) -> Prediction:
@@ -22,30 +27,25 @@ def poisson_quantiles(mean: Floats, levels: Sequence[float] = QUANTILE_LEVELS) -
 
     Exact for means below 60, by the normal approximation above.
     """
-    flat = np.maximum(mean.reshape(-1), 0.0)
-    result = np.empty((flat.size, len(levels)))
-    wanted = np.asarray(levels)
-    large = flat >= _EXACT_BELOW
-    scores = np.array([_normal_quantile(level) for level in levels])
-    centre = flat[large, None]
-    result[large] = np.maximum(np.round(centre + scores * np.sqrt(centre)), 0)
-    small = flat[~large]
-    chance = np.exp(-small)
-    reached = chance.copy()
-    result[~large] = np.where(reached[:, None] >= wanted, 0.0, -1.0)
-    count = 0
-    while (result[~large] < 0).any():
-        count += 1
-        chance = chance * small / count
-        reached = reached + chance
-        left = result[~large]
-        is_here = (left < 0) & ((reached[:, None] >= wanted) | (count > 4 * _EXACT_BELOW))
-        left[is_here] = count
-        result[~large] = left
-    return result.reshape(*mean.shape, len(levels))
+    result = np.empty((*mean.shape, len(levels)))
+    large = mean >= _EXACT_BELOW
+    for number, level in enumerate(levels):
+        result[..., number] = np.searchsorted(_largest_means(level), mean)
+        score = statistics.NormalDist().inv_cdf(level)
+        result[large, number] = np.round(mean[large] + score * np.sqrt(mean[large]))
+    return result
 
 
-def _normal_quantile(level: float) -> float:
-    from statistics import NormalDist
-
-    return NormalDist().inv_cdf(level)
+@functools.cache
+def _largest_means(level: float) -> Floats:
+    """[counts]: the largest mean whose quantile at `level` is still each count, by bisection."""
+    counts = np.arange(_MAX_EXACT)
+    factorials = np.array([math.lgamma(count + 1) for count in counts])
+    low, high = np.zeros(_MAX_EXACT), np.full(_MAX_EXACT, 2.0 * _MAX_EXACT)
+    up_to = np.tri(_MAX_EXACT)
+    for _ in range(_BISECTIONS):
+        mean = (low + high) / 2
+        chances = np.exp(counts * np.log(mean)[:, None] - mean[:, None] - factorials)
+        reaches = (chances * up_to).sum(axis=1) >= level
+        low, high = np.where(reaches, mean, low), np.where(reaches, high, mean)
+    return low
