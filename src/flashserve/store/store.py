@@ -128,7 +128,8 @@ class Store:
         if needed > total:
             raise ModelTooLargeError(
                 f"{snapshot.uri} holds {snapshot.size_bytes} bytes of weights and needs {needed} "
-                f"of memory; the arena has {total} for models: raise node.dram_bytes"
+                f"of memory; of the arena's {self.arena.num_bytes} are {total} for models: raise "
+                "node.dram_bytes"
             )
         return snapshot
 
