@@ -104,6 +104,36 @@ def steps(doing: str) -> Iterator[Callable[[str], None]]:
 
 
 @contextlib.contextmanager
+def counting(doing: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Shows how far each of several pieces of work is: a bar, or a plain line for each.
+
+    Yields what is to be told the piece's name, steps done and steps in all.
+    """
+    console = rich.console.Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        shown: set[str] = set()
+
+        def tell(name: str, _done: int, _total: int) -> None:
+            if name not in shown:
+                shown.add(name)
+                sys.stderr.write(f"{doing}: {name}\n")
+
+        yield tell
+        return
+    with rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(bar_width=None),
+        rich.progress.TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    ) as progress:
+        task = progress.add_task(doing, total=None)
+        yield lambda name, done, total: progress.update(
+            task, description=f"{doing}: {name}", completed=done, total=total
+        )
+
+
+@contextlib.contextmanager
 def progressing(doing: str) -> Iterator[Callable[[int, int], None]]:
     """Shows how far work is, in bytes: a bar on a terminal, elsewhere a line for each tenth.
 

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from flashserve.cli.backtest import backtest
 from flashserve.cli.calibrate import calibrate
 from flashserve.cli.config import config
 from flashserve.cli.fsck import fsck
@@ -36,6 +37,10 @@ EXAMPLES: dict[Callable[..., None], list[str]] = {
     stage: ["flashserve stage smollm2 --tier dram"],
     evict: ["flashserve evict smollm2 --tier dram"],
     delete: ["flashserve delete smollm2"],
+    backtest: [
+        "flashserve backtest --trace AzureLLMInferenceTrace_conv.csv",
+        "flashserve backtest --trace day.parquet --models hazard,ewma-15 --html report.html",
+    ],
     calibrate: ["flashserve calibrate", "flashserve calibrate --source s3://bucket/model"],
     fsck: ["flashserve fsck", "flashserve fsck --data-dir /srv/flashserve --no-repair --json"],
     config: ["flashserve config", "FLASHSERVE_NODE__NUM_WORKERS=1 flashserve config --json"],

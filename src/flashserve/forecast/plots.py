@@ -1,0 +1,162 @@
+"""Drawings of a backtest, as SVG text. Needs matplotlib (extra `forecast`)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from flashserve.errors import InputError
+from flashserve.forecast import backtest, decisions, scores
+from flashserve.forecast.backtest import LEADS, Forecasts
+from flashserve.forecast.core import QUANTILE_LEVELS, ArrivalModel
+from flashserve.forecast.summary import Ran
+from flashserve.forecast.traces import DAY
+
+_FAN_LEADS = tuple(range(1, 61))
+_COMPONENT_STEP = 10
+_COLD_COST = 30
+_SIZE = (7.2, 4.0)
+
+
+def all_plots(ran: Ran, best: str) -> dict[str, str]:
+    """SVG by title. best: the model whose forecasts are shown where one is.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    model, forecasts = next(pair for pair in ran.models if pair[0].name == best)
+    example = _example(ran)
+    return {
+        "What share of cold starts costs how much idle time": _drawn(lambda a: _frontier(a, ran)),
+        f"Do the chances of {best} come true?": _drawn(lambda a: _reliability(a, ran, forecasts)),
+        f"Chance of an arrival against the age since the last one ({best})": _drawn(
+            lambda a: _hazard(a, ran, forecasts)
+        ),
+        f"The next hour of one series, as {best} saw it": _drawn(
+            lambda a: _fan(a, ran, model, example)
+        ),
+        f"What the forecasts of {best} are made of": _drawn(
+            lambda a: _components(a, ran, model, example)
+        ),
+    }
+
+
+def _drawn(draw: Callable[[Any], None]) -> str:
+    try:
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("drawing needs matplotlib: install flashserve[forecast]") from None
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    FigureCanvasSVG(figure)
+    draw(figure.add_subplot())
+    text = io.StringIO()
+    figure.savefig(text, format="svg")
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def _example(ran: Ran) -> int:
+    """The series with the median number of busy minutes, of those with any in the report."""
+    busy = (ran.parts.counts > 0).sum(axis=1)
+    order = np.argsort(busy, kind="stable")
+    order = order[busy[order] > 0] if (busy > 0).any() else order
+    return int(order[len(order) // 2])
+
+
+def _frontier(axes: Any, ran: Ran) -> None:
+    weights = ran.parts.future.weights
+    days = weights.sum() * ran.parts.counts.shape[1] / DAY
+    for _, forecasts in ran.models:
+        outcome = backtest.frontier(forecasts, ran.parts)
+        axes.plot(*_curve(outcome, weights, days), label=forecasts.model)
+    curve = _curve(ran.keep_alives, weights, days)
+    axes.plot(*curve, "k--", label="fixed keep-alives")
+    for name, outcome in ran.policies.items():
+        axes.plot(
+            100 * float(outcome.cold_share(weights)),
+            float(outcome.idle_minutes(weights)) / days,
+            "o",
+            label=name,
+        )
+    axes.set(xlim=(0, 25), xlabel="cold starts, % of minutes with arrivals")
+    axes.set(ylabel="idle minutes a series and day", ylim=(0, None))
+    axes.legend(fontsize="small")
+
+
+def _curve(outcome: Any, weights: Any, days: float) -> tuple[Any, Any]:
+    shares, minutes = decisions.lower_hull(
+        outcome.cold_share(weights), outcome.idle_minutes(weights)
+    )
+    return 100 * shares, minutes / days
+
+
+def _reliability(axes: Any, ran: Ran, forecasts: Forecasts) -> None:
+    counts, weights = ran.parts.future.history.counts, ran.parts.future.weights
+    happened = scores.arrivals_within(counts, ran.parts.report_from, LEADS)
+    for number, lead in enumerate(LEADS):
+        p = forecasts.p[..., number].astype(np.float64)
+        made = scores.calibration(p, happened[..., number], weights)
+        axes.plot(made.said, made.came, "o-", markersize=3, label=f"{lead} min")
+    axes.plot([0, 1], [0, 1], "k:", label="as said")
+    axes.set(xlabel="chance that was said", ylabel="how often it came")
+    axes.legend(fontsize="small", title="within")
+
+
+def _hazard(axes: Any, ran: Ran, forecasts: Forecasts) -> None:
+    ages = decisions.ages_before(ran.parts.future.history.counts, ran.parts.report_from)
+    longest = min(int(ages.max(initial=1)), 120)
+    weights = np.broadcast_to(ran.parts.future.weights[:, None], ages.shape)
+    used = (ages > 0) & (ages <= longest) & ~np.isnan(ran.parts.counts)
+    heavy = np.bincount(ages[used], weights[used], longest + 1)[1:]
+    came = np.bincount(ages[used], (weights * (ran.parts.counts > 0))[used], longest + 1)[1:]
+    said = np.bincount(ages[used], (weights * forecasts.p[..., 0])[used], longest + 1)[1:]
+    at = np.arange(1, longest + 1)
+    heavy = np.where(heavy > 0, heavy, np.nan)
+    axes.plot(at, came / heavy, ".", label="came in the next minute")
+    axes.plot(at, said / heavy, label="said on average")
+    line = decisions.fixed_threshold(_COLD_COST)
+    label = f"warm above this, if a cold start costs {_COLD_COST} idle minutes"
+    axes.axhline(line, color="black", linestyle="--", label=label)
+    axes.set(xlabel="minutes since the last arrival", ylabel="chance a minute", yscale="log")
+    axes.legend(fontsize="small")
+
+
+def _fan(axes: Any, ran: Ran, model: ArrivalModel, example: int) -> None:
+    history = ran.parts.future.history
+    counts = history.counts[example]
+    last = max(ran.parts.report_from, len(counts) - max(_FAN_LEADS))
+    busy = np.flatnonzero(counts[ran.parts.report_from : last] > 0)
+    origin = ran.parts.report_from + (int(busy[len(busy) // 2]) + 1 if busy.size else 0)
+    said = model.predict(history.before(history.start + origin), _FAN_LEADS)
+    quantiles = said.quantiles[example]
+    for low, high, shade in ((0, 3, 0.15), (0, 2, 0.3)):
+        label = f"{QUANTILE_LEVELS[low]:.0%} to {QUANTILE_LEVELS[high]:.0%}"
+        axes.fill_between(
+            _FAN_LEADS, quantiles[:, low], quantiles[:, high], alpha=shade, color="C0", label=label
+        )
+    axes.plot(_FAN_LEADS, quantiles[:, 1], "C0", label="median")
+    came = np.cumsum(np.nan_to_num(counts[origin : origin + len(_FAN_LEADS)]))
+    axes.step(np.arange(1, len(came) + 1), came, "k", where="post", label="came")
+    axes.set(xlabel="minutes ahead", ylabel=f"arrivals of {history.names[example][:24]} until then")
+    axes.legend(fontsize="small")
+
+
+def _components(axes: Any, ran: Ran, model: ArrivalModel, example: int) -> None:
+    history = ran.parts.future.history
+    last = min(ran.parts.report_from + 480, history.counts.shape[1])
+    at = range(ran.parts.report_from, last, _COMPONENT_STEP)
+    row = type(history)((history.names[example],), history.start, history.counts[[example]])
+    paths: dict[str, list[float]] = {}
+    for column in at:
+        said = model.predict(row.before(row.start + column), LEADS[:1])
+        parts = said.components or {"rate": said.mean[:, 0]}
+        for name, values in parts.items():
+            paths.setdefault(name, []).append(float(values[0]))
+    for name, path in paths.items():
+        axes.plot(list(at), path, label=name)
+    axes.set(xlabel="minute of the trace", ylabel="component")
+    axes.legend(fontsize="small")
