@@ -17,6 +17,9 @@ Floats = npt.NDArray[np.float64]
 
 QUANTILE_LEVELS = (0.1, 0.5, 0.9, 0.99)
 
+# No minute brings more: a larger number is a mistake. It bounds the arithmetic, not the traffic.
+MAX_COUNT = 1e12
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class History:
@@ -100,6 +103,6 @@ def replay(model: FollowingModel, history: History, leads: Sequence[int]) -> Pre
 
 
 def known_counts(counts: npt.ArrayLike) -> Floats:
-    """The counts as they are, and NaN for whatever cannot be one (infinite, negative, NaN)."""
+    """The counts as they are, and NaN for what cannot be one (negative, above MAX_COUNT)."""
     values = np.asarray(counts, dtype=np.float64)
-    return np.where(np.isfinite(values) & (values >= 0), values, np.nan)
+    return np.where((values >= 0) & (values <= MAX_COUNT), values, np.nan)

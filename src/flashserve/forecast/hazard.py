@@ -22,9 +22,11 @@ MAX_GAP_MINUTES = 10080
 # What a gap still weighs after each later gap of its series.
 _FADING = np.float32(0.99)
 # How many gaps of one's own weigh as much as those of all series of about the same rate.
-_POOL_WEIGHT = 2.0
+_POOL_WEIGHT = 4.0
 # Rate classes by minutes per active minute, in powers of two.
 _NUM_CLASSES = 12
+# How many minutes of evidence what is expected of an age weighs.
+_PRIOR_MINUTES = 50.0
 _RATE_MEMORY = np.float32(1 - 0.5 ** (1 / 360))
 
 
@@ -130,12 +132,21 @@ class Pool:
         np.add.at(self.events, cell, weights[known] * (counts[known] > 0))
 
     def hazard(self) -> Floats:
-        """[classes, bins], drawn towards the class's mean, and that to its nominal rate."""
-        nominal = 2.0 ** -np.arange(_NUM_CLASSES)[:, None]
-        events, exposures = self.events.sum(axis=1)[:, None], self.exposures.sum(axis=1)[:, None]
-        level = (events + nominal * 50) / (exposures + 50)
-        drawn: Floats = (self.events + level * 200) / (self.exposures + 200)
-        return drawn
+        """[classes, bins]. Where little was seen of an age, the age before tells.
+
+        It then falls as one over the age, as that of a heavy tail does and as ski rental supposes,
+        so that a series that stopped is not due for ever.
+        """
+        nominal = 2.0 ** -np.arange(_NUM_CLASSES)
+        middle = (_BOUNDS[1:] + _BOUNDS[:-1]) / 2
+        hazard = np.empty_like(self.exposures)
+        expected = nominal
+        for index in range(NUM_BINS):
+            drawn = self.events[:, index] + _PRIOR_MINUTES * expected
+            hazard[:, index] = drawn / (self.exposures[:, index] + _PRIOR_MINUTES)
+            following = middle[min(index + 1, NUM_BINS - 1)]
+            expected = hazard[:, index] * middle[index] / following
+        return hazard
 
     def due(
         self, classes: npt.NDArray[np.int64], age: npt.NDArray[np.int64], leads: Sequence[int]
@@ -156,6 +167,16 @@ class Pool:
         return np.stack([-np.expm1(so_far - until(age + lead)) for lead in leads], axis=1)
 
 
+def learn_pool(counts: Floats, weights: Floats) -> Pool:
+    """The hazard that series share, from [series, minutes]; weights are taken over their mean."""
+    pool, gaps = Pool(), Gaps(len(counts))
+    share = weights / max(float(weights.mean()), 1e-12) if len(weights) else weights
+    for column in counts.T:
+        pool.count(gaps, column, share)
+        gaps.advance(column)
+    return pool
+
+
 class HazardModel:
     """Forecasts from gaps alone."""
 
@@ -167,12 +188,7 @@ class HazardModel:
     def fit(self, history: History, weights: Floats | None = None) -> None:
         """Learns the shared hazard; `weights`, [series], say how many series each stands for."""
         share = np.ones(len(history.names)) if weights is None else np.asarray(weights, np.float64)
-        pool, gaps = Pool(), Gaps(len(history.names))
-        for column in history.counts.T:
-            counts = known_counts(column)
-            pool.count(gaps, counts, share)
-            gaps.advance(counts)
-        self.pool = pool
+        self.pool = learn_pool(known_counts(history.counts), share)
 
     def follow(self, names: Sequence[str], start: int) -> _HazardFollower:
         return _HazardFollower(len(names), start, self.pool)

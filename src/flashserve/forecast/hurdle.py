@@ -11,10 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flashserve.forecast.core import QUANTILE_LEVELS, Floats, Prediction
+from flashserve.forecast.core import MAX_COUNT, QUANTILE_LEVELS, Floats, Prediction
 
-# Beyond this no forecast of a minute count is believed; it bounds the arithmetic, not the traffic.
-MAX_COUNT = 1e12
 # Acklam's rational approximation of the normal quantile (relative error 1.15e-9), public domain:
 # the central region and the lower tail.
 _CENTRAL = (
