@@ -112,7 +112,7 @@ class Zone:
             if offset is None:
                 raise UnavailableError(
                     f"no room for {size} bytes: {usage.free} of the arena's {usage.total} are "
-                    "free, the rest holds other models"
+                    "free, the rest is taken"
                 )
             extent = Extent(offset, size)
             bisect.insort(self._extents, extent, key=lambda each: each.offset)
