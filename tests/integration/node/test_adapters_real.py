@@ -1,0 +1,87 @@
+"""Real workers serve a real adapter through the node, token for token as PEFT does."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tests.integration.node.nodes import MIB, job, make_settings, run, running_node
+from tests.integration.node.tiny import Tiny, make_tiny
+from transformers import LlamaForCausalLM
+
+from flashserve.node.process import WORKER_COMMAND
+from flashserve.types import AdapterId, AdapterSpec
+
+PROMPT = [5, 17, 31, 2]
+NUM_TOKENS = 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def train(tiny: Tiny, directory: Path, rank: int, seed: int) -> list[int]:
+    """Saves a random adapter; what PEFT answers with it."""
+    base = LlamaForCausalLM.from_pretrained(tiny.spec.source)
+    tuned = get_peft_model(base, LoraConfig(r=rank, target_modules="all-linear"))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    tuned.save_pretrained(directory)
+    base = LlamaForCausalLM.from_pretrained(tiny.spec.source)
+    tuned = PeftModel.from_pretrained(base, directory).eval()
+    ids = torch.tensor([PROMPT])
+    output = tuned.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NUM_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    return output[0, len(PROMPT) :].tolist()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_two_ranks_and_the_base_in_one_batch(tmp_path: Path) -> None:
+    tiny = make_tiny(tmp_path, "tiny")
+    expected = {
+        "small": train(tiny, tmp_path / "small", 4, 1),
+        "large": train(tiny, tmp_path / "large", 16, 2),
+        "": tiny.greedy(PROMPT, NUM_TOKENS),
+    }
+    assert len({tuple(tokens) for tokens in expected.values()}) == 3
+
+    async def check() -> None:
+        settings = make_settings(tmp_path / "data", 1, 16 * MIB, 2 * MIB, kv_bytes=4 * MIB)
+        async with running_node("unix", settings, WORKER_COMMAND) as bench:
+            await bench.started("r", tiny.spec)
+            for name in ("small", "large"):
+                source = str(tmp_path / name)
+                facts = await bench.node.describe_adapter(source, tiny.spec)
+                spec = AdapterSpec(
+                    name, 1, tiny.spec.model_id, source, facts.size_bytes, facts.identity
+                )
+                bench.node.declare_adapter(spec)
+
+            async def answer(name: str, number: int) -> list[int]:
+                wanted = job(f"{name}{number}", NUM_TOKENS, prompt=PROMPT)
+                if name:
+                    adapter_id = AdapterId(f"{name}@1")
+                    wanted = dataclasses.replace(wanted, adapter_id=adapter_id, salt=adapter_id)
+                return await bench.tokens("r", wanted)
+
+            names = [*expected] * 2
+            found = await asyncio.gather(*(answer(name, n) for n, name in enumerate(names)))
+            assert found == [expected[name] for name in names]
+            bench.node.retire_adapter(AdapterId("small@1"))
+            assert await answer("large", 9) == expected["large"]
+            assert AdapterId("small@1") not in (await bench.node.stats()).adapters
+
+    run(check())
