@@ -11,6 +11,7 @@ FlashServeError
 ├── ConflictError                409  the name is taken, or the state forbids it now
 ├── DeployError                  422  a model cannot be served from this source
 │   ├── SourceError              422  the source is missing, unreadable or not allowed
+│   │   └── SourceUnavailableError 503  the source does not answer now; trying again may help
 │   ├── CheckpointError          422  a file of the checkpoint is damaged or contradicts another
 │   ├── UnsupportedModelError    422  the architecture needs something that is not served exactly
 │   └── ModelTooLargeError       422  larger than the memory that could ever hold it
@@ -91,6 +92,11 @@ class DeployError(FlashServeError):
 
 class SourceError(DeployError):
     code = "bad_source"
+
+
+class SourceUnavailableError(SourceError):
+    status = 503
+    code = "source_unavailable"
 
 
 class CheckpointError(DeployError):

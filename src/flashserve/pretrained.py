@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +15,7 @@ from transformers import (
     GenerationConfig,
     PretrainedConfig,
 )
+from transformers.utils import logging as transformers_logging
 
 from flashserve.errors import CheckpointError, UnsupportedModelError
 from flashserve.messages.handout import HandoutGrant
@@ -55,13 +58,14 @@ def build(mapped: MappedModel, name: str, dtype: torch.dtype | str | None) -> Pr
     try:
         config = _parse(grant.config)
         model_class, config = _model_class(config)
-        model, report = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict={entry.name: as_tensor(entry, mapped.memory) for entry in grant.tensors},
-            dtype="auto" if dtype is None else dtype,
-            output_loading_info=True,
-        )
+        with _no_progress_bar():
+            model, report = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict={entry.name: as_tensor(entry, mapped.memory) for entry in grant.tensors},
+                dtype="auto" if dtype is None else dtype,
+                output_loading_info=True,
+            )
         if model.can_generate():
             model.generation_config = _generation_config(grant)
     except (CheckpointError, UnsupportedModelError, MemoryError):
@@ -100,6 +104,18 @@ def as_tensor(entry: TensorSlice, memory: mmap.mmap) -> torch.Tensor:
     if begin % dtype.itemsize:
         return torch.frombuffer(bytearray(memory[begin:end]), dtype=dtype).view(entry.shape)
     return torch.frombuffer(memory, dtype=dtype, count=count, offset=begin).view(entry.shape)
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Transformers shows one for weights that are there already."""
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def _parse(config: dict[str, Any]) -> PretrainedConfig:

@@ -268,6 +268,10 @@ def render_metrics(models: Iterable[ModelGauges], tiers: Iterable[TierSample] = 
     return generate_latest(_registry) + generate_latest(nodes)
 
 
+_CHATTY = ("boto3", "botocore", "httpx", "huggingface_hub", "urllib3")
+"""Libraries that tell at info what is of use to nobody who serves."""
+
+
 def configure_logging(
     level: Literal["debug", "info", "warning", "error"],
     style: Literal["auto", "console", "json"] = "auto",
@@ -296,6 +300,8 @@ def configure_logging(
         )
     )
     logging.basicConfig(handlers=[handler], level=threshold, force=True)
+    for library in _CHATTY:
+        logging.getLogger(library).setLevel(max(threshold, logging.WARNING))
 
 
 def _final_processors(*, as_text: bool) -> list[structlog.typing.Processor]:

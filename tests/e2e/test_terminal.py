@@ -38,7 +38,7 @@ def test_ps_fits_80_columns(server: Server, checkpoint: Path) -> None:
     lines = [line.rstrip() for line in shown.splitlines()]
     assert max(map(len, lines)) <= 80
     assert "team/" in shown
-    for word in ("name", "state", "tier", "replicas", "flight", "dram", "leases", "used", "reason"):
+    for word in ("name", "state", "tier", "replicas", "flight", "dram", "used", "reason"):
         assert word in shown
     server.succeed("delete", name)
 

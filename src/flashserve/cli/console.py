@@ -19,6 +19,8 @@ from flashserve.errors import FlashServeError
 
 _PLAIN_WIDTH = 1000
 _REMINDER_S = 10.0
+_FOLDED_WIDTH = 16
+"""A column of text that folds is hard to read with less."""
 _LOOK_S = 0.3
 
 
@@ -43,15 +45,21 @@ def print_table(
     *,
     right: Sequence[str] = (),
     fold: Sequence[str] = (),
+    spare: Sequence[str] = (),
     styles: dict[str, str] | None = None,
 ) -> None:
     """Prints `rows` under `columns`; those named in `fold` take further lines when space is short.
 
-    A terminal is short of columns: it gets headings in several lines, without units.
+    A terminal is short of columns: it gets headings in several lines, without units, and not those
+    in `spare` (the first goes first) that would leave too little for the ones that fold.
 
     right: columns of numbers; styles: cell texts that a terminal shows in a colour.
     """
     console = stdout_console()
+    if console.is_terminal:
+        kept = _fitting(columns, rows, fold, spare, console.width)
+        rows = [[row[index] for index in kept] for row in rows]
+        columns = [columns[index] for index in kept]
     table = rich.table.Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(
@@ -65,6 +73,28 @@ def print_table(
     with console.capture() as capture:
         console.print(table)
     sys.stdout.writelines(line.rstrip() + "\n" for line in capture.get().splitlines())
+
+
+def _fitting(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    fold: Sequence[str],
+    spare: Sequence[str],
+    width: int,
+) -> list[int]:
+    """The columns, by index, that leave those which fold a readable width."""
+    kept = list(range(len(columns)))
+    for name in spare:
+        fixed = [index for index in kept if columns[index] not in fold]
+        taken = sum(
+            1 + max(map(len, (*_heading(columns[index]).split(), *(row[index] for row in rows))))
+            for index in fixed
+        )
+        if width - taken >= _FOLDED_WIDTH * (len(kept) - len(fixed)):
+            break
+        if name in columns:
+            kept.remove(columns.index(name))
+    return kept
 
 
 def _heading(column: str) -> str:

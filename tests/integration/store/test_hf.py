@@ -306,7 +306,7 @@ def test_a_hub_that_is_down_is_replaced_by_the_cache(hub, ask, cached):
 def test_what_the_hub_refuses_is_one_line(hub, ask, uri, status, reason):
     hub.status = status
     found = ask(uri)
-    assert found["code"] == "bad_source"
+    assert found["code"] == ("source_unavailable" if status == 503 else "bad_source")
     assert reason in found["error"]
     assert "\n" not in found["error"]
 

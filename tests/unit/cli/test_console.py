@@ -46,6 +46,21 @@ def test_a_table_on_no_terminal_is_plain_and_never_cut(capsys: pytest.CaptureFix
     assert "\x1b" not in printed
 
 
+@pytest.mark.parametrize(("width", "shown"), [("60", False), ("200", True)])
+def test_a_narrow_terminal_spares_columns_rather_than_fold_text_to_bits(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: str, shown: bool
+) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    row = ["model", "12345678901234567890", "12345678901234567890", "because it was asked for"]
+    console.print_table(
+        ["name", "here", "extra", "reason"], [row], fold=["name", "reason"], spare=["extra"]
+    )
+    printed = capsys.readouterr().out
+    assert ("extra" in printed) == shown
+    assert "because it was" in printed
+
+
 def test_a_table_on_a_terminal_folds_to_its_width(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

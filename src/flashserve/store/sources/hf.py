@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 
 from flashserve.config import StoreSettings
-from flashserve.errors import CheckpointError, SourceError
+from flashserve.errors import CheckpointError, SourceError, SourceUnavailableError
 from flashserve.store.checkpoint.files import one_line, shown
 from flashserve.store.checkpoint.listing import FileReader, Listing, SourceFile
 from flashserve.store.checkpoint.naming import ADAPTER_CONFIG_NAME
@@ -71,11 +71,11 @@ class HfSource:
 
         self._remote, self._cached = frozenset(), None
         if constants.HF_HUB_OFFLINE:
-            return self._cached_listing("HF_HUB_OFFLINE is set")
+            return self._cached_listing(SourceError, "HF_HUB_OFFLINE is set")
         try:
             info = _ask(self._repo, self._revision)
         except _UnreachableError as error:
-            return self._cached_listing(str(error))
+            return self._cached_listing(SourceUnavailableError, str(error))
         self._commit = str(info.sha)
         found = tuple(self._found(info))
         self._remote = frozenset(found)
@@ -128,10 +128,10 @@ class HfSource:
         headers = build_hf_headers(library_name="flashserve")
         return Place(url, headers)
 
-    def _cached_listing(self, why: str) -> Listing:
+    def _cached_listing(self, absent: type[SourceError], why: str) -> Listing:
         snapshot = _snapshot(self._repo, self._revision)
         if snapshot is None:
-            raise SourceError(f"{self.uri} is not in the hub's cache on this machine, and {why}")
+            raise absent(f"{self.uri} is not in the hub's cache on this machine, and {why}")
         return self._listed_in(snapshot)
 
     def _listed_in(self, snapshot: Path) -> Listing:

@@ -10,7 +10,12 @@ import threading
 from collections.abc import Callable
 
 from flashserve.config import StoreSettings
-from flashserve.errors import CheckpointError, SourceError, UnavailableError
+from flashserve.errors import (
+    CheckpointError,
+    SourceError,
+    SourceUnavailableError,
+    UnavailableError,
+)
 from flashserve.store.checkpoint.files import one_line
 from flashserve.store.sources.connections import Answer, Place, Pool, finishing, host_of
 from flashserve.store.sources.rate import RateLimit
@@ -109,7 +114,7 @@ class RangeReader:
             raise UnavailableError("the store is closing") from None
         if num_failures > self._retries:
             what = one_line(error) or type(error).__name__
-            raise SourceError(
+            raise SourceUnavailableError(
                 f"{self._name} cannot be read, tried {num_failures} times: {what}"
             ) from None
         delay = min(_FIRST_DELAY_S * 2 ** (num_failures - 1), _MAX_DELAY_S)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from flashserve.config import StoreSettings
-from flashserve.errors import SourceError
+from flashserve.errors import SourceError, SourceUnavailableError
 from flashserve.store.checkpoint.files import one_line
 from flashserve.store.sources.botoclients import CLIENTS, Clients, Shared
 
@@ -111,8 +111,14 @@ class ObjectStore:
         except botocore.exceptions.ClientError as error:
             fault = error.response.get("Error", {})
             reason = f"{fault.get('Code', 'error')}: {fault.get('Message', '')}"
-            raise SourceError(
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            kind = SourceUnavailableError if status >= 500 or status == 429 else SourceError
+            raise kind(
                 f"s3://{self._bucket}: the store answers {one_line(Exception(reason))}"
+            ) from None
+        except botocore.exceptions.HTTPClientError as error:
+            raise SourceUnavailableError(
+                f"s3://{self._bucket} does not answer: {one_line(error)}"
             ) from None
         except (
             botocore.exceptions.BotoCoreError,
