@@ -75,6 +75,8 @@ class ServerSettings(_Section):
     """A streaming answer waits so long for its first token before its headers leave, so that
     Server-Timing and an error's status are known. After it, comments keep the connection."""
     comment_interval_s: PositiveFloat = 5.0
+    vllm_adapter_routes: bool = False
+    """Also offer POST /v1/load_lora_adapter and /v1/unload_lora_adapter, for administrators."""
     max_body_bytes: Bytes = 8 << 20
 
 

@@ -93,6 +93,20 @@ class Client:
         model: dict[str, Any] = self._call("POST", f"{_model_path(name)}/evict", {"tier": tier})
         return model
 
+    def adapters(self, base: str | None = None) -> list[dict[str, Any]]:
+        """Every adapter, or those of one model, as `flashserve adapter list --json` prints it."""
+        query = f"?{urllib.parse.urlencode({'base': base})}" if base else ""
+        listed: list[dict[str, Any]] = self._call("GET", f"/admin/v1/adapters{query}")["data"]
+        return listed
+
+    def add_adapter(self, base: str, name: str, source: str, *, replace: bool) -> dict[str, Any]:
+        body = {"base": base, "name": name, "source": source, "replace": replace}
+        adapter: dict[str, Any] = self._call("POST", "/admin/v1/adapters", body)
+        return adapter
+
+    def remove_adapter(self, name: str) -> None:
+        self._call("DELETE", f"/admin/v1/adapters/{urllib.parse.quote(name, safe='/')}")
+
     def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The objects of a server-sent event stream, in order.
 

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from flashserve.cli import adapters
 from flashserve.cli.backtest import backtest
 from flashserve.cli.calibrate import calibrate
 from flashserve.cli.config import config
@@ -47,16 +48,35 @@ EXAMPLES: dict[Callable[..., None], list[str]] = {
 }
 """Every command, in the order of `flashserve --help`, with the examples of its own --help."""
 
-app = typer.Typer(
-    name="flashserve",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-for _command, _lines in EXAMPLES.items():
-    # The backspace keeps the lines as they are, where text is otherwise filled.
-    app.command(epilog="\n".join(["\b", "Example:", *(f"  {line}" for line in _lines)]))(_command)
+ADAPTER_EXAMPLES: dict[Callable[..., None], list[str]] = {
+    adapters.add: [
+        "flashserve adapter add smollm2 shouting ./my-lora",
+        "flashserve adapter add team/qwen support s3://bucket/loras/support --replace",
+    ],
+    adapters.list_: ["flashserve adapter list", "flashserve adapter list smollm2 --json"],
+    adapters.remove: ["flashserve adapter remove shouting"],
+}
+"""The commands of `flashserve adapter`, likewise."""
+
+
+def _group(name: str, examples: dict[Callable[..., None], list[str]], summary: str) -> typer.Typer:
+    group = typer.Typer(
+        name=name,
+        help=summary,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    for command, lines in examples.items():
+        # The backspace keeps the lines as they are, where text is otherwise filled.
+        epilog = "\n".join(["\b", "Example:", *(f"  {line}" for line in lines)])
+        group.command(command.__name__.rstrip("_"), epilog=epilog)(command)
+    return group
+
+
+app = _group("flashserve", EXAMPLES, "Serve many language models on one machine.")
+app.add_typer(_group("adapter", ADAPTER_EXAMPLES, "Serve LoRA fine-tunes of deployed models."))
 
 
 def _print_version(wanted: bool) -> None:

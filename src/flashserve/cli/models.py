@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import enum
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from flashserve.cli import console
 from flashserve.cli.client import connect
-from flashserve.cli.options import AsJson, Name, Url
+from flashserve.cli.options import AsJson, Name, Url, absolute_source
 from flashserve.cli.tiers import print_tiers, progress_of
 
-_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:")
 _COLUMNS: dict[str, Callable[[Any], str]] = {
     "name": str,
     "state": str,
@@ -71,7 +68,7 @@ def deploy(
     if keep_alive is not None:
         options["keep_alive_s"] = keep_alive
     with connect(url) as client, console.waiting(f"deploying {name} from {source}"):
-        model = client.deploy(name, _absolute(source), options)
+        model = client.deploy(name, absolute_source(source), options)
     _print_model(model, as_json=as_json)
 
 
@@ -112,6 +109,7 @@ def ps(
         [[_COLUMNS[column](model[column]) for column in columns] for model in models],
         right=["replicas", "in_flight", "dram_bytes", "disk_bytes", "leases", "last_used_s"],
         fold=["name", "reason"],
+        spare=["leases", "disk_bytes"],
         styles=_STATE_STYLES,
     )
 
@@ -144,11 +142,6 @@ def evict(
     with connect(url) as client, console.waiting(f"evicting {name} from {tier.value}"):
         model = client.evict(name, tier.value)
     _print_model(model, as_json=as_json)
-
-
-def _absolute(source: str) -> str:
-    """The server has a working directory of its own, so a relative path means nothing to it."""
-    return source if _SCHEME.match(source) else str(Path(source).expanduser().absolute())
 
 
 def _print_model(model: dict[str, Any], *, as_json: bool) -> None:

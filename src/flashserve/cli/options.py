@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,14 @@ Url = Annotated[
         show_default=False,
     ),
 ]
+
+
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:")
+
+
+def absolute_source(source: str) -> str:
+    """The server has a working directory of its own, so a relative path means nothing to it."""
+    return source if _SCHEME.match(source) else str(Path(source).expanduser().absolute())
 
 
 def settings_for(data_dir: Path | None) -> Settings:

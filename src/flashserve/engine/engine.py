@@ -88,7 +88,7 @@ class Engine:
             model,
             settings,
             read_adapter or _read_none,
-            self._runner.forward,
+            self._runner.adapt,
             min_rows=self._runner.min_rows,
         )
         self._batcher = Batcher(

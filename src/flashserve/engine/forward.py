@@ -22,8 +22,8 @@ from torch import nn
 
 from flashserve.engine.attention import AttentionStep, attend, write
 from flashserve.engine.gates import EMBEDDING, Gates, layer_group
-from flashserve.engine.lora.batch import LoraStep
-from flashserve.engine.lora.targets import Group, Targets
+from flashserve.engine.lora.batch import Group, LoraStep
+from flashserve.engine.lora.targets import Target, Targets
 
 
 class Forward(Protocol):
@@ -42,11 +42,11 @@ class Forward(Protocol):
         lora: what adapters add; `adapt` was called before the first one.
         """
 
-    def groups(self, targets: Targets) -> Sequence[Group]:
-        """The groups of layers that LoraStep.add is called for, by their numbers."""
+    def adapt(self, targets: Targets) -> Sequence[Group]:
+        """Prepares for updates by adapters; the groups of layers that LoraStep.add is called for.
 
-    def adapt(self, targets: Targets) -> None:
-        """Prepares for updates by adapters. Once."""
+        Once.
+        """
 
     def close(self) -> None:
         """Takes off the model what was put on it."""
@@ -86,18 +86,16 @@ class ModuleForward:
         logits: torch.Tensor = output.logits[0]
         return logits
 
-    def groups(self, targets: Targets) -> Sequence[Group]:
+    def adapt(self, targets: Targets) -> Sequence[Group]:
         """Each layer is a group of its own."""
-        return [(target,) for target in dict.fromkeys(found for _, _, found in targets.linears())]
-
-    def adapt(self, targets: Targets) -> None:
-        numbers = {group: number for number, group in enumerate(self.groups(targets))}
+        groups: dict[Target, int] = {}
         for name, layer, target in targets.linears():
-            update = functools.partial(self._update, layer, numbers[target,])
-            self._hang_update(name, update)
+            index = groups.setdefault(target, len(groups))
+            self._hang_update(name, functools.partial(self._update, layer, index))
         scale = float(getattr(self._model.get_input_embeddings(), "embed_scale", 1.0))
         self._hang_update(targets.embedding.name, functools.partial(self._update_embedding, scale))
         self._hang_update(targets.head.name, self._update_head)
+        return [(target,) for target in groups]
 
     def close(self) -> None:
         self._drop_gates()
@@ -287,11 +285,9 @@ class FusedForward:
             lora.add_head(hidden, logits)
         return logits
 
-    def groups(self, targets: Targets) -> Sequence[Group]:
+    def adapt(self, targets: Targets) -> Sequence[Group]:
         by_name = {target.name: target for _, _, target in targets.linears()}
         return [tuple(by_name[name] for name in names) for names in _FUSED_GROUPS]
-
-    def adapt(self, targets: Targets) -> None: ...
 
     def close(self) -> None: ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence as Items
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import nn
 
 from flashserve.engine.attention import AttentionStep, Slots, Span
 from flashserve.engine.experts import Experts
-from flashserve.engine.forward import Forward, choose_forward
+from flashserve.engine.forward import choose_forward
 from flashserve.engine.gates import Gates
-from flashserve.engine.lora.batch import LoraStep
+from flashserve.engine.lora.batch import Group, LoraStep
+from flashserve.engine.lora.targets import Targets
 from flashserve.engine.sequence import Segment, Sequence
 from flashserve.errors import UnavailableError
 
@@ -85,9 +87,9 @@ class Runner:
         """Rows that are computed at least."""
         return self._min_rows
 
-    @property
-    def forward(self) -> Forward:
-        return self._forward
+    def adapt(self, targets: Targets) -> Items[Group]:
+        """Prepares the model for updates by adapters; returns the groups that they come in."""
+        return self._forward.adapt(targets)
 
     def close(self) -> None:
         """Leaves the model as it was before. Once; nothing is run after it."""

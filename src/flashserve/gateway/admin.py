@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from starlette.responses import JSONResponse, Response
 
-from flashserve.gateway.body import M, read_object, validate
+from flashserve.gateway.body import read_order
 from flashserve.gateway.edge import context_of
 from flashserve.gateway.replies import status_body
 from flashserve.gateway.schema import DeployRequest, TierRequest
@@ -31,7 +31,7 @@ async def list_models(request: Request) -> Response:
 @router.post("/models", status_code=201, openapi_extra=json_body(DeployRequest))
 async def deploy_model(request: Request) -> Response:
     """Check a source and make it available under a name; the first request loads it."""
-    order = await _order(request, DeployRequest)
+    order = await read_order(request, DeployRequest)
     status = await state_of(request).service.deploy(
         order.name,
         order.source,
@@ -45,7 +45,7 @@ async def deploy_model(request: Request) -> Response:
 @router.post("/models/{name:path}/stage", openapi_extra=json_body(TierRequest))
 async def stage_model(request: Request, name: str) -> Response:
     """Bring a model's bytes up to a tier; answers when they are there."""
-    order = await _order(request, TierRequest)
+    order = await read_order(request, TierRequest)
     status = await state_of(request).service.stage(name, Tier[order.tier.upper()])
     return JSONResponse(status_body(status))
 
@@ -53,7 +53,7 @@ async def stage_model(request: Request, name: str) -> Response:
 @router.post("/models/{name:path}/evict", openapi_extra=json_body(TierRequest))
 async def evict_model(request: Request, name: str) -> Response:
     """Free the bytes that a model takes in a tier and above; answers when they are gone."""
-    order = await _order(request, TierRequest)
+    order = await read_order(request, TierRequest)
     status = await state_of(request).service.evict(name, Tier[order.tier.upper()])
     return JSONResponse(status_body(status))
 
@@ -87,9 +87,3 @@ async def list_decisions(
     decisions = state_of(request).service.decisions(limit)
     data = [dataclasses.asdict(decision) for decision in decisions]
     return JSONResponse({"object": "list", "data": data})
-
-
-async def _order(request: Request, model: type[M]) -> M:
-    return validate(
-        model, await read_object(request, state_of(request).settings.server.max_body_bytes)
-    )

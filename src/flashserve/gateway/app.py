@@ -9,11 +9,11 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from flashserve.config import Settings
-from flashserve.gateway import admin, openai, status
+from flashserve.gateway import adapters, admin, openai, status
 from flashserve.gateway.auth import HostGuard, KeyGuard
 from flashserve.gateway.edge import Edge
 from flashserve.gateway.faults import add_error_handlers
-from flashserve.gateway.schema import ChatRequest, CompletionRequest, DeployRequest, TierRequest
+from flashserve.gateway.schema import BODIES
 from flashserve.gateway.schemadoc import describe_bodies
 from flashserve.gateway.state import GatewayState
 
@@ -35,10 +35,12 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.gateway = GatewayState(service, settings)
-    for module in (openai, admin, status):
+    for module in (openai, admin, adapters, status):
         app.include_router(module.router)
+    if settings.server.vllm_adapter_routes:
+        app.include_router(adapters.vllm_router)
     add_error_handlers(app)
-    describe_bodies(app, [ChatRequest, CompletionRequest, DeployRequest, TierRequest])
+    describe_bodies(app, BODIES)
     # The last one added is the outermost.
     app.add_middleware(KeyGuard, auth=settings.auth)
     if settings.auth.allowed_origins:

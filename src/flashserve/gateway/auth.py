@@ -22,6 +22,7 @@ from flashserve.gateway.faults import error_response
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _PUBLIC_PATHS = frozenset({"/", "/healthz", "/readyz"})
 _USER_PREFIX = "/v1/"
+_ADMIN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 
 
 def check_binding(settings: Settings) -> None:
@@ -116,7 +117,7 @@ class KeyGuard:
 
     def _check(self, scope: Scope) -> None:
         path = scope["path"]
-        is_user_path = path.startswith(_USER_PREFIX)
+        is_user_path = path.startswith(_USER_PREFIX) and path not in _ADMIN_PATHS
         needs_key = self._users_need_key if is_user_path else self._admins_need_key
         if path in _PUBLIC_PATHS or not needs_key:
             return

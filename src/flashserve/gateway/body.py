@@ -9,6 +9,7 @@ import pydantic
 from starlette.requests import Request
 
 from flashserve.errors import BodyTooLargeError, InputError
+from flashserve.gateway.state import state_of
 
 M = TypeVar("M", bound=pydantic.BaseModel)
 
@@ -30,6 +31,12 @@ async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError("the body must be a JSON object")
     return value
+
+
+async def read_order(request: Request, model: type[M]) -> M:
+    """The body as a `model`, within the configured size. Raises as read_object and validate do."""
+    max_bytes = state_of(request).settings.server.max_body_bytes
+    return validate(model, await read_object(request, max_bytes))
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:

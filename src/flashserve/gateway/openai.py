@@ -11,7 +11,13 @@ from flashserve.gateway.answer import Answer
 from flashserve.gateway.body import read_object, validate
 from flashserve.gateway.edge import context_of
 from flashserve.gateway.parameters import refuse_unserved
-from flashserve.gateway.replies import ChatShape, CompletionShape, Shape, openai_model
+from flashserve.gateway.replies import (
+    ChatShape,
+    CompletionShape,
+    Shape,
+    openai_adapter,
+    openai_model,
+)
 from flashserve.gateway.schema import ChatRequest, CompletionRequest
 from flashserve.gateway.schemadoc import json_body
 from flashserve.gateway.state import state_of
@@ -35,14 +41,20 @@ async def create_completion(request: Request) -> Response:
 
 @router.get("/models")
 async def list_models(request: Request) -> Response:
-    """Every deployed model, running or not."""
-    models = await state_of(request).service.models()
-    return JSONResponse({"object": "list", "data": [openai_model(model) for model in models]})
+    """Every deployed model, running or not, and the adapters, each with its `parent`."""
+    service = state_of(request).service
+    data = [openai_model(model) for model in await service.models()]
+    data += map(openai_adapter, service.registered())
+    return JSONResponse({"object": "list", "data": data})
 
 
 @router.get("/models/{name:path}")
 async def retrieve_model(request: Request, name: str) -> Response:
-    return JSONResponse(openai_model(state_of(request).service.model(name)))
+    service = state_of(request).service
+    for adapter in service.registered():
+        if name in {adapter.name, f"{adapter.spec.base}:{adapter.name}"}:
+            return JSONResponse(openai_adapter(adapter))
+    return JSONResponse(openai_model(service.model(name)))
 
 
 async def _read(request: Request, *, chat: bool) -> dict[str, Any]:

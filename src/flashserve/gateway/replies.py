@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
+from flashserve.live.adapterrows import RegisteredAdapter
 from flashserve.live.requests import ModelStatus, Receipt, TextChunk, TokenLogprob, Usage
 
 _LOWEST_LOGPROB = -9999.0  # OpenAI's stand-in for minus infinity, which JSON cannot say
@@ -259,6 +260,18 @@ def status_body(status: ModelStatus) -> dict[str, Any]:
     """The status's fields under their own names, the tier as a word."""
     body: dict[str, Any] = msgspec.to_builtins(status)
     return {**body, "tier": status.tier.label}
+
+
+def openai_adapter(adapter: RegisteredAdapter) -> dict[str, Any]:
+    """An adapter as /v1/models shows it; the fields after owned_by are as vLLM's."""
+    return {
+        "id": adapter.name,
+        "object": "model",
+        "created": int(adapter.created_at),
+        "owned_by": "flashserve",
+        "root": adapter.spec.source,
+        "parent": adapter.spec.base,
+    }
 
 
 def openai_model(status: ModelStatus) -> dict[str, Any]:

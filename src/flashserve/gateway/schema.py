@@ -129,7 +129,9 @@ class _Sampled(_Model):
         return self.flashserve or Extension()
 
     def _model_id(self) -> ModelId:
-        if not MODEL_NAME.fullmatch(self.model):
+        base, colon, adapter = self.model.partition(":")
+        names = (base, adapter) if colon else (base,)
+        if not all(map(MODEL_NAME.fullmatch, names)):
             raise ModelNotFoundError("no model can have the name that was asked for", param="model")
         return ModelId(self.model)
 
@@ -233,7 +235,46 @@ class DeployRequest(_Order):
     """Take the name from a model that has it."""
 
 
+class AddAdapterRequest(_Order):
+    """The body of POST /admin/v1/adapters."""
+
+    base: str = Field(pattern=rf"^{MODEL_NAME.pattern}$")
+    """The model that it was trained for."""
+    name: str = Field(pattern=rf"^{MODEL_NAME.pattern}$")
+    source: str = Field(min_length=1, max_length=4096)
+    replace: bool = False
+    """Take the name over from another version."""
+
+
+class LoadLoraRequest(pydantic.BaseModel):
+    """The body of POST /v1/load_lora_adapter, as vLLM's clients send it."""
+
+    lora_name: str = Field(pattern=rf"^{MODEL_NAME.pattern}$")
+    lora_path: str = Field(min_length=1, max_length=4096)
+    base_model_name: str | None = None
+    load_inplace: bool = False
+    """Take the name over from another version."""
+
+
+class UnloadLoraRequest(pydantic.BaseModel):
+    """The body of POST /v1/unload_lora_adapter, as vLLM's clients send it."""
+
+    lora_name: str = Field(min_length=1, max_length=128)
+
+
 class TierRequest(_Order):
     """The body of POST /admin/v1/models/NAME/stage and .../evict."""
 
     tier: Literal["disk", "dram"]
+
+
+BODIES: list[type[pydantic.BaseModel]] = [
+    ChatRequest,
+    CompletionRequest,
+    DeployRequest,
+    AddAdapterRequest,
+    LoadLoraRequest,
+    UnloadLoraRequest,
+    TierRequest,
+]
+"""Everything that a route reads."""

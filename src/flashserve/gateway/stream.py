@@ -67,7 +67,7 @@ class ResponseWriter(abc.ABC):
 
     def _wording(self) -> Wording:
         receipt = self._admitted.receipt
-        return Wording(self._shape, receipt.model_id, receipt.request_id)
+        return Wording(self._shape, self._request.model_id, receipt.request_id)
 
     async def _refuse(self, error: FlashServeError) -> str:
         await error_response(error)(self._scope, _nothing_to_receive, self._send)

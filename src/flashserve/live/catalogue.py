@@ -1,4 +1,4 @@
-"""The durable record: which models are deployed, and how many requests each had in each minute.
+"""The durable record: models, their adapters, and how many requests each had in each minute.
 
 One SQLite file (WAL). What exists is what was deployed, not what is running: a restarted server
 reads its models from here. All calls run in one thread, so that the event loop never waits for the
@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 from flashserve.errors import CatalogueError
 from flashserve.forecast.arrivals import ArrivalCount
+from flashserve.live import adapterrows
+from flashserve.live.adapterrows import RegisteredAdapter
 from flashserve.types import ModelId, ModelSpec, Tier
 
 FILE_NAME = "catalogue.sqlite"
@@ -46,6 +48,7 @@ _MIGRATIONS = (
         PRIMARY KEY (model_id, minute)
     ) STRICT, WITHOUT ROWID;
     """,
+    adapterrows.SCHEMA,
 )
 """Entry v takes a file from schema version v to v + 1; released entries never change."""
 
@@ -101,6 +104,22 @@ class Catalogue:
     async def delete(self, model_id: ModelId) -> None:
         """Forget a model and its arrivals."""
         await self._run(lambda: _delete_model(self._db, model_id))
+
+    async def adapters(self) -> list[RegisteredAdapter]:
+        """Every registered adapter, by name."""
+        return await self._run(lambda: _read_adapters(self._db))
+
+    async def take_adapter_version(self, name: str) -> int:
+        """A version number that the name has never had, not even before it was deleted."""
+        return await self._run(lambda: adapterrows.take_version(self._db, name))
+
+    async def put_adapter(self, adapter: RegisteredAdapter) -> None:
+        """Record an adapter, in place of an earlier version of that name."""
+        await self._run(lambda: adapterrows.write_adapter(self._db, adapter))
+
+    async def delete_adapter(self, name: str) -> None:
+        """Forget an adapter."""
+        await self._run(lambda: adapterrows.delete_adapter(self._db, name))
 
     async def add_arrivals(self, counts: Iterable[ArrivalCount]) -> None:
         """Add to what is recorded; all or nothing."""
@@ -164,6 +183,13 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
         )
     for number, script in enumerate(_MIGRATIONS[version:], start=version + 1):
         connection.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
+
+
+def _read_adapters(connection: sqlite3.Connection) -> list[RegisteredAdapter]:
+    try:
+        return adapterrows.read_adapters(connection)
+    except ValueError as error:
+        raise _DamagedRowError(str(error)) from None
 
 
 def _read_models(connection: sqlite3.Connection) -> list[DeployedModel]:

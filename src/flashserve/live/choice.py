@@ -11,7 +11,7 @@ from flashserve.errors import InternalError
 from flashserve.live.requests import TextChunk, TokenLogprob
 from flashserve.live.text import ModelText
 from flashserve.messages.work import GenerateJob
-from flashserve.types import RequestId, SamplingParams, TokenOutput
+from flashserve.types import AdapterId, RequestId, SamplingParams, TokenOutput
 
 
 class Choice:
@@ -27,6 +27,7 @@ class Choice:
         stop: Sequence[str],
         text: ModelText,
         reuse_prefix: bool = True,
+        adapter_id: AdapterId | None = None,
     ) -> None:
         """Choice `index` of a request draws with seed + index, when there is a seed."""
         if params.seed is not None:
@@ -39,6 +40,7 @@ class Choice:
         self._prompt_ids = prompt_ids
         self._params = params
         self._reuse_prefix = reuse_prefix
+        self._adapter_id = adapter_id
         self._text = text
         self._detokenizer = Detokenizer(text.tokenizer)
         self._matcher = StopMatcher(stop)
@@ -58,7 +60,9 @@ class Choice:
             prompt_ids=self._prompt_ids,
             params=self._params,
             emitted_ids=tuple(self._emitted_ids),
+            salt=self._adapter_id or "",
             reuse_prefix=self._reuse_prefix,
+            adapter_id=self._adapter_id,
         )
 
     def began(self, num_reused: int) -> None:

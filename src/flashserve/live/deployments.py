@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import math
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import structlog
@@ -13,15 +14,16 @@ import structlog
 from flashserve.config import DeploySettings
 from flashserve.errors import ConflictError, FlashServeError, InputError, ModelNotFoundError
 from flashserve.live.catalogue import Catalogue, DeployedModel
+from flashserve.live.names import Names, check_name
 from flashserve.live.runtime import Runtime
 from flashserve.live.text import ModelText, TextCache
 from flashserve.messages.events import ModelDeleted, ModelDeployed
 from flashserve.messages.work import ModelFacts
 from flashserve.store import smallfiles
 from flashserve.store.sources.source import check_allowed, scheme_of
-from flashserve.types import MODEL_NAME, ModelId, ModelSpec
+from flashserve.types import ModelId, ModelSpec
 
-_MAX_NAMES_IN_ERROR = 20
+KIND = "model"
 _MAX_PRELOADED = 64
 _log = structlog.get_logger(__name__)
 
@@ -30,8 +32,17 @@ class Deployments:
     """The catalogue's models in memory, and their tokenizers. Changes happen one at a time."""
 
     def __init__(
-        self, allowed: DeploySettings, runtime: Runtime, catalogue: Catalogue, data_dir: Path
+        self,
+        allowed: DeploySettings,
+        runtime: Runtime,
+        catalogue: Catalogue,
+        data_dir: Path,
+        names: Names,
+        adapters_of: Callable[[ModelId], Sequence[str]],
     ) -> None:
+        """Args: adapters_of: the names of a model's adapters, which hold on to its weights."""
+        self._names = names
+        self._adapters_of = adapters_of
         self._allowed = allowed
         self._runtime = runtime
         self._catalogue = catalogue
@@ -44,6 +55,7 @@ class Deployments:
         """Bring every deployed model back, cold. Its source is first looked at by a request."""
         for model in await self._catalogue.models():
             self._models[model.spec.model_id] = model
+            self._names.put(model.spec.model_id, KIND)
             await self._runtime.apply(ModelDeployed(model.spec))
 
     async def sweep(self) -> None:
@@ -75,13 +87,12 @@ class Deployments:
         """
         if (model := self._models.get(model_id)) is not None:
             return model
-        names = sorted(self._models)
-        listed = ", ".join(names[:_MAX_NAMES_IN_ERROR]) or "none"
-        if (num_more := len(names) - _MAX_NAMES_IN_ERROR) > 0:
-            listed += f" and {num_more} more"
         raise ModelNotFoundError(
-            f"model {model_id} is not deployed; deployed: {listed}", param="model"
+            f"model {model_id} is not deployed; {self._names.suggestion(model_id)}", param="model"
         )
+
+    def has(self, model_id: ModelId) -> bool:
+        return model_id in self._models
 
     async def text(self, model: DeployedModel) -> ModelText:
         """Its tokenizer and chat template.
@@ -95,18 +106,27 @@ class Deployments:
         self, name: str, source: str, keep_alive_s: float | None, *, trusted: bool, replace: bool
     ) -> None:
         """See Service.deploy."""
-        _check_name(name)
+        check_name(name, KIND)
         _check_keep_alive(keep_alive_s)
-        source = _absolute(source)
+        source = absolute(source)
         if not trusted:
             allowed = self._allowed
             await asyncio.to_thread(check_allowed, source, allowed.roots, allowed.schemes)
         if not replace:
             self._check_free(ModelId(name), source)
+        with self._names.claiming(name, KIND):
+            await self._deploy(name, source, keep_alive_s, replace=replace)
+
+    async def _deploy(
+        self, name: str, source: str, keep_alive_s: float | None, *, replace: bool
+    ) -> None:
         facts = await self._runtime.nodes[0].describe(source)
         async with self._changing:
             if not replace:
                 self._check_free(ModelId(name), source, facts.identity)
+            known = self._models.get(ModelId(name))
+            if known is not None and known.identity != facts.identity:
+                self._check_no_adapters(known.spec.model_id, "replaced")
             model = _deployed_model(name, source, keep_alive_s, facts)
             text = await self.text(model)
             spec = dataclasses.replace(model.spec, has_chat_template=text.has_chat_template)
@@ -116,8 +136,10 @@ class Deployments:
         """See Service.delete."""
         async with self._changing:
             model_id = self.find(ModelId(name)).spec.model_id
+            self._check_no_adapters(model_id, "deleted")
             await self._catalogue.delete(model_id)
             del self._models[model_id]
+            self._names.remove(model_id)
             await self._runtime.apply(ModelDeleted(model_id))
             await self.sweep()
 
@@ -129,9 +151,18 @@ class Deployments:
             model = dataclasses.replace(model, created_at=known.created_at)
         await self._catalogue.put(model)
         self._models[model_id] = model
+        self._names.put(model_id, KIND)
         if known is not None and _changed_in_place(known, model):
             await self._runtime.apply(ModelDeleted(model_id))
         await self._runtime.apply(ModelDeployed(model.spec))
+
+    def _check_no_adapters(self, model_id: ModelId, done: str) -> None:
+        """Adapters are updates to these very weights."""
+        if names := self._adapters_of(model_id):
+            raise ConflictError(
+                f"{model_id} cannot be {done} while it has adapters ({', '.join(names)}): remove "
+                "them first, with `flashserve adapter remove`"
+            )
 
     def _check_free(self, model_id: ModelId, source: str, identity: str | None = None) -> None:
         """The name is free, or has this very source (as far as it is known)."""
@@ -148,13 +179,6 @@ class Deployments:
             )
 
 
-def _check_name(name: str) -> None:
-    if not MODEL_NAME.fullmatch(name):
-        raise InputError(
-            f"model name {name[:130]!r} does not match {MODEL_NAME.pattern}", param="name"
-        )
-
-
 def _check_keep_alive(keep_alive_s: float | None) -> None:
     if keep_alive_s is not None and not (math.isfinite(keep_alive_s) and keep_alive_s >= 0):
         raise InputError(
@@ -167,7 +191,7 @@ def _changed_in_place(known: DeployedModel, model: DeployedModel) -> bool:
     return known.spec.source == model.spec.source and known.identity != model.identity
 
 
-def _absolute(source: str) -> str:
+def absolute(source: str) -> str:
     """A directory's full path: a restarted server may run in another one."""
     return source if not source or scheme_of(source) else str(Path(source).absolute())
 

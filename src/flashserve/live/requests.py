@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from flashserve.types import KVUsage, ModelId, Phases, RequestId, SamplingParams, Tier
+from flashserve.types import AdapterId, KVUsage, ModelId, Phases, RequestId, SamplingParams, Tier
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -17,6 +17,7 @@ class GenerationRequest:
     """
 
     model_id: ModelId
+    """As it was asked for: a model's name, an adapter's, or MODEL:ADAPTER."""
     params: SamplingParams
     prompt: str | None = None
     prompt_ids: tuple[int, ...] | None = None
@@ -83,6 +84,8 @@ class Receipt:
     gateway_out_s: float | None = None
     resumed: int = 0
     reason: str = ""
+    adapter: AdapterId | None = None
+    """The version of the adapter that answered."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -114,6 +117,36 @@ class ModelStatus:
     """Of the disk tier, which holds what was fetched from remote sources."""
     leases: int = 0
     """Replicas and readers that keep the bytes in DRAM where they are."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AdapterStatus:
+    """One line of `flashserve adapter list`. Counts are of this server's life.
+
+    in_flight: requests under way, those on older versions of the name left out.
+    """
+
+    name: str
+    base: ModelId
+    version: int
+    source: str
+    rank: int
+    num_parameters: int
+    targets: tuple[str, ...]
+    size_bytes: int
+    tier: Tier
+    """The highest that holds its bytes."""
+    dram_bytes: int
+    in_flight: int
+    requests: int
+    tokens: int
+    """Generated."""
+    last_used_s: float | None
+    advice: str
+    """What would be the cheapest way to serve it: multiplex, merge or own replica."""
+    reason: str
+    """The numbers behind the advice."""
+    created_at: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

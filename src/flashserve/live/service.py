@@ -5,25 +5,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import secrets
+from collections.abc import Callable, Mapping, Sequence
 
 from flashserve.config import Settings
-from flashserve.errors import DrainingError, InternalError
+from flashserve.errors import DrainingError, FlashServeError, InternalError, error_from_code
+from flashserve.live.adapterrows import RegisteredAdapter
+from flashserve.live.adapters import Adapters
+from flashserve.live.adapterstatus import adapter_status, gather_adapter_stats
 from flashserve.live.catalogue import Catalogue, DeployedModel
-from flashserve.live.choice import Choice
 from flashserve.live.deployments import Deployments
 from flashserve.live.fitting import fit_max_tokens, kv_room_tokens
 from flashserve.live.generation import Generation
+from flashserve.live.generations import Generations, Target
+from flashserve.live.names import Names
 from flashserve.live.recorder import ArrivalRecorder
-from flashserve.live.requests import Decision, GenerationRequest, ModelStatus
+from flashserve.live.requests import AdapterStatus, Decision, GenerationRequest, ModelStatus
 from flashserve.live.runtime import Runtime
 from flashserve.live.status import NO_STATS, Stats, gather_stats, gather_tiers, model_status
-from flashserve.live.text import ModelText, encode_prompt
+from flashserve.live.text import encode_prompt
 from flashserve.live.tiers import bring_to_tier, take_from_tier
-from flashserve.live.timing import Stopwatch
 from flashserve.messages.events import DrainStarted
+from flashserve.node.client import AdapterResidence
 from flashserve.store.reporting import StoreReport
-from flashserve.types import ModelId, ModelSpec, NodeId, RequestId, SamplingParams, Tier
+from flashserve.types import AdapterId, ModelId, ModelSpec, NodeId, SamplingParams, Tier
+
+_CHECK_PROMPT = "Hello"
+
+
+def _ignore(_: Generation) -> None:
+    """Of a request that counts for nothing."""
 
 
 class Service:
@@ -36,17 +46,20 @@ class Service:
         self.settings = settings
         self.draining = False
         self._runtime = runtime
-        self._deployments = Deployments(settings.deploy, runtime, catalogue, settings.data_dir)
+        names = Names()
+        self._deployments = Deployments(
+            settings.deploy, runtime, catalogue, settings.data_dir, names, self._adapters_of
+        )
+        self._adapters = Adapters(settings.deploy, runtime, catalogue, self._deployments, names)
         self._recorder = ArrivalRecorder(catalogue)
-        self._generations: set[Generation] = set()
-        self._is_idle = asyncio.Event()
-        self._is_idle.set()
+        self._generations = Generations(runtime)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Bring every deployed model back, cold."""
         await self._deployments.restore()
         await self._deployments.sweep()
+        await self._adapters.restore()
         self._tasks = [
             asyncio.create_task(self._recorder.run(), name="arrivals"),
             asyncio.create_task(self._deployments.preload(), name="tokenizers"),
@@ -83,14 +96,21 @@ class Service:
         """
         if self.draining:
             raise DrainingError("the server is shutting down")
-        model = self._deployments.find(request.model_id)
-        text = await self._deployments.text(model)
+        model, adapter = self._adapters.resolve(request.model_id)
+        target = Target(model, await self._deployments.text(model), adapter)
         prompt_ids = request.prompt_ids
         if prompt_ids is None:
-            prompt_ids = await encode_prompt(text, request.prompt, request.messages)
+            prompt_ids = await encode_prompt(target.text, request.prompt, request.messages)
         params = self._fit(request, model, len(prompt_ids))
-        self._recorder.record(model.spec.model_id)
-        generation = self._generation(request, text, prompt_ids, params)
+        for series in target.series:
+            self._recorder.record(series)
+        generation = self._begin(
+            request,
+            target,
+            prompt_ids,
+            params,
+            lambda done: self._adapters.count(target.name, done.usage.completion_tokens),
+        )
         await generation.start(request.deadline_s)
         return generation
 
@@ -106,42 +126,26 @@ class Service:
         )
         return dataclasses.replace(request.params, max_tokens=max_tokens)
 
-    def _generation(
+    def _begin(
         self,
         request: GenerationRequest,
-        text: ModelText,
+        target: Target,
         prompt_ids: tuple[int, ...],
         params: SamplingParams,
+        on_done: Callable[[Generation], None] = _ignore,
     ) -> Generation:
-        request_id = RequestId(secrets.token_hex(12))
-        choices = [
-            Choice(
-                index,
-                request_id,
-                prompt_ids,
-                params,
-                stop=request.stop,
-                text=text,
-                reuse_prefix=request.reuse_prefix,
-            )
-            for index in range(request.num_choices)
-        ]
-        now = self._runtime.clock.now()
-        generation = Generation(
-            self._runtime,
-            choices,
-            Stopwatch(request_id, request.model_id, request.received_at or now, now),
-            num_prompt_tokens=len(prompt_ids),
-            on_done=self._forget,
-        )
-        self._generations.add(generation)
-        self._is_idle.clear()
-        return generation
+        """From here on the target's adapter stays as it is until the generation has ended."""
+        adapter = target.adapter
+        if adapter is None:
+            return self._generations.make(request, target, prompt_ids, params, on_done)
 
-    def _forget(self, generation: Generation) -> None:
-        self._generations.discard(generation)
-        if not self._generations:
-            self._is_idle.set()
+        def done(generation: Generation) -> None:
+            self._adapters.ended(adapter)
+            on_done(generation)
+
+        generation = self._generations.make(request, target, prompt_ids, params, done)
+        self._adapters.began(adapter)
+        return generation
 
     async def drain(self, grace_s: float) -> None:
         """No new work from now on; streams may finish within `grace_s`, the rest gets an error."""
@@ -149,11 +153,8 @@ class Service:
             self.draining = True
             with contextlib.suppress(InternalError):  # logged; what runs must end all the same
                 await self._runtime.apply(DrainStarted())
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(grace_s):
-                await self._is_idle.wait()
         error = DrainingError("the server shut down before this request was done")
-        await asyncio.gather(*(one.fail(error) for one in list(self._generations)))
+        await self._generations.drain(grace_s, error)
 
     # Models
 
@@ -211,6 +212,77 @@ class Service:
             ModelNotFoundError: it names the deployed models.
         """
         await self._deployments.delete(name)
+
+    # Adapters
+
+    async def adapters(self) -> list[AdapterStatus]:
+        """Every adapter, by base and name, with its use and the cheapest way to serve it."""
+        stats = await gather_adapter_stats(self._runtime.nodes)
+        return [self._adapter_status(adapter, stats) for adapter in self._adapters.all()]
+
+    def registered(self) -> list[RegisteredAdapter]:
+        """Every adapter, without asking the nodes."""
+        return self._adapters.all()
+
+    async def add_adapter(
+        self, base: str, name: str, source: str, *, trusted: bool, replace: bool = False
+    ) -> AdapterStatus:
+        """Check a LoRA adapter, let it answer once, and make it available under a name.
+
+        The base model is started for that if it is cold. The same content again changes nothing.
+        Requests under way go on with the version that they began with.
+
+        Raises:
+            InputError: the name makes no sense.
+            ForbiddenError: the source may not be named by this caller.
+            ModelNotFoundError: there is no such base model.
+            ConflictError: the name is taken, and `replace` is not set, or is not an adapter's.
+            DeployError: it cannot be served; one line that names the file and why.
+            UnavailableError: the base could not be started to try it; nothing is registered.
+        """
+        adapter = await self._adapters.add(
+            base, name, source, self._self_check, trusted=trusted, replace=replace
+        )
+        stats = await gather_adapter_stats(self._runtime.nodes)
+        return self._adapter_status(adapter, stats)
+
+    async def remove_adapter(self, name: str) -> None:
+        """Forget an adapter; its running streams may finish, its source stays.
+
+        Raises:
+            ModelNotFoundError: it names those that are close.
+        """
+        await self._adapters.remove(name)
+
+    async def _self_check(self, model: DeployedModel, adapter: RegisteredAdapter) -> None:
+        """One token with the adapter, through the path that every request takes."""
+        if self.draining:
+            raise DrainingError("the server is shutting down")
+        target = Target(model, await self._deployments.text(model), adapter)
+        prompt_ids = await encode_prompt(target.text, _CHECK_PROMPT, None)
+        params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+        request = GenerationRequest(model.spec.model_id, params)
+        generation = self._begin(request, target, prompt_ids, params)
+        try:
+            async with contextlib.aclosing(generation):
+                await generation.start(None)
+                async for _ in generation:
+                    pass
+        except FlashServeError as error:
+            raise error_from_code(
+                error.code, f"{adapter.name} did not answer its first request: {error.message}"
+            ) from None
+
+    def _adapters_of(self, base: ModelId) -> Sequence[str]:
+        return self._adapters.of(base)
+
+    def _adapter_status(
+        self, adapter: RegisteredAdapter, stats: Mapping[AdapterId, AdapterResidence]
+    ) -> AdapterStatus:
+        base = self._deployments.find(adapter.spec.base)
+        return adapter_status(adapter, base, self._adapters, stats, self.settings)
+
+    # Tiers
 
     async def stage(self, name: str, tier: Tier) -> ModelStatus:
         """Bring a model's bytes up to a tier (DISK or DRAM); returns when they are there.

@@ -35,7 +35,7 @@ NO_STATS = Stats({}, {})
 
 async def gather_stats(nodes: Sequence[Node]) -> Stats:
     """Ask every node at once; one that does not answer is left out and logged."""
-    answers = await asyncio.gather(*(_ask(node) for node in nodes))
+    answers = await asyncio.gather(*(ask(node) for node in nodes))
     dram_bytes: collections.Counter[ModelId] = collections.Counter()
     disk_bytes: collections.Counter[ModelId] = collections.Counter()
     leases: collections.Counter[ModelId] = collections.Counter()
@@ -53,7 +53,7 @@ async def gather_stats(nodes: Sequence[Node]) -> Stats:
 
 async def gather_tiers(nodes: Sequence[Node]) -> dict[NodeId, StoreReport]:
     """What each node's tiers hold and do; one that does not answer is left out and logged."""
-    answers = await asyncio.gather(*(_ask(node) for node in nodes))
+    answers = await asyncio.gather(*(ask(node) for node in nodes))
     return {
         node.spec.node_id: stats.store
         for node, stats in zip(nodes, answers, strict=True)
@@ -89,7 +89,7 @@ def model_status(
     )
 
 
-async def _ask(node: Node) -> NodeStats | None:
+async def ask(node: Node) -> NodeStats | None:
     try:
         return await node.stats()
     except FlashServeError as error:

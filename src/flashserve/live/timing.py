@@ -6,7 +6,7 @@ import dataclasses
 
 from flashserve.live.requests import Receipt
 from flashserve.messages.commands import Dispatch, Hold
-from flashserve.types import ModelId, Phases, RequestId, Tier
+from flashserve.types import AdapterId, ModelId, Phases, RequestId, Tier
 
 _STARTUP = ("init_s", "device_s", "dram_s", "fetch_s", "place_s")  # the last phase first
 
@@ -33,7 +33,13 @@ class Stopwatch:
     """
 
     def __init__(
-        self, request_id: RequestId, model_id: ModelId, received_at: float, arrived_at: float
+        self,
+        request_id: RequestId,
+        model_id: ModelId,
+        received_at: float,
+        arrived_at: float,
+        *,
+        adapter_id: AdapterId | None = None,
     ) -> None:
         self.receipt = Receipt(
             request_id=request_id,
@@ -42,6 +48,7 @@ class Stopwatch:
             cold=False,
             predicted=Phases(),
             actual=Phases(),
+            adapter=adapter_id,
         )
         self._received_at = received_at
         self._arrived_at = arrived_at

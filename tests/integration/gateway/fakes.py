@@ -18,7 +18,9 @@ import uvloop
 from flashserve.config import Settings
 from flashserve.errors import ConflictError, ModelNotFoundError, SourceError
 from flashserve.gateway.app import create_app
+from flashserve.live.adapterrows import RegisteredAdapter
 from flashserve.live.requests import (
+    AdapterStatus,
     Decision,
     GenerationRequest,
     ModelStatus,
@@ -30,7 +32,7 @@ from flashserve.live.requests import (
 from flashserve.store.guard import ScrubReport
 from flashserve.store.reporting import ArenaReport, StoreReport, TierReport
 from flashserve.store.transfers import Fetch
-from flashserve.types import KVUsage, ModelId, NodeId, Phases, RequestId, Tier
+from flashserve.types import AdapterSpec, KVUsage, ModelId, NodeId, Phases, RequestId, Tier
 
 MODEL = "team/tiny"
 REPORT = StoreReport(
@@ -123,6 +125,7 @@ class FakeService:
         self.generations: list[FakeGeneration] = []
         self.calls: list[tuple[object, ...]] = []
         self.statuses = {MODEL: status(MODEL)}
+        self.registry: dict[str, RegisteredAdapter] = {}
         self.was_submitted = threading.Event()
 
     async def submit(self, request: GenerationRequest) -> FakeGeneration:
@@ -171,6 +174,27 @@ class FakeService:
         self.model(name)
         del self.statuses[name]
 
+    def registered(self) -> list[RegisteredAdapter]:
+        return list(self.registry.values())
+
+    async def adapters(self) -> list[AdapterStatus]:
+        return [adapter_status(each) for each in self.registered()]
+
+    async def add_adapter(
+        self, base: str, name: str, source: str, *, trusted: bool, replace: bool = False
+    ) -> AdapterStatus:
+        self.calls.append(("add_adapter", base, name, source, trusted, replace))
+        self.model(base)
+        if self.refusal is not None:
+            raise self.refusal
+        self.registry[name] = registered(base, name, source)
+        return adapter_status(self.registry[name])
+
+    async def remove_adapter(self, name: str) -> None:
+        if name not in self.registry:
+            raise ModelNotFoundError(f"there is no adapter {name}", param="name")
+        del self.registry[name]
+
     async def stage(self, name: str, tier: Tier) -> ModelStatus:
         self.calls.append(("stage", name, tier))
         return self.model(name)
@@ -184,6 +208,34 @@ class FakeService:
             Decision(1.5 + i, "start_replica", ModelId(MODEL), "local", "due") for i in range(3)
         ]
         return made[:limit]
+
+
+def registered(base: str, name: str, source: str) -> RegisteredAdapter:
+    spec = AdapterSpec(name, 1, ModelId(base), source, 4096, "id-1")
+    return RegisteredAdapter(spec, 8, 1024, ("q_proj", "v_proj"), 1700000000.5)
+
+
+def adapter_status(adapter: RegisteredAdapter) -> AdapterStatus:
+    spec = adapter.spec
+    return AdapterStatus(
+        name=spec.name,
+        base=spec.base,
+        version=spec.version,
+        source=spec.source,
+        rank=adapter.rank,
+        num_parameters=adapter.num_parameters,
+        targets=adapter.targets,
+        size_bytes=spec.size_bytes,
+        tier=Tier.DRAM,
+        dram_bytes=4096,
+        in_flight=0,
+        requests=3,
+        tokens=40,
+        last_used_s=1.5,
+        advice="multiplex",
+        reason="seen for 0 of 10 minutes",
+        created_at=adapter.created_at,
+    )
 
 
 def status(name: str) -> ModelStatus:

@@ -23,12 +23,15 @@ from flashserve.messages.events import (
     StageFailed,
     WorkersChanged,
 )
-from flashserve.messages.work import GenerateJob, ModelFacts, TokenBatch, WorkerStats
-from flashserve.node.client import ModelResidence, NodeStats
+from flashserve.messages.work import AdapterFacts, GenerateJob, ModelFacts, TokenBatch, WorkerStats
+from flashserve.node.client import AdapterResidence, ModelResidence, NodeStats
 from flashserve.store.dram.arena import ArenaUsage
 from flashserve.types import (
+    AdapterId,
+    AdapterSpec,
     KVUsage,
     ModelId,
+    ModelSpec,
     NodeId,
     NodeSpec,
     Phases,
@@ -47,6 +50,7 @@ class FakeNode:
 
     obeys: orders are carried out at once, with events; otherwise they are only recorded.
     paused: clear it and streams wait before their next token.
+    slow_adapter: streams of this one wait for `hurry` before each token.
     start_error, stage_error: what the next such order fails with.
     """
 
@@ -59,10 +63,15 @@ class FakeNode:
         self.jobs: list[GenerateJob] = []
         self.num_open_streams = 0
         self.facts = ModelFacts(1 << 20, "id-1", "", "TinyForCausalLM", 512, True, 64)
+        self.adapter_facts = AdapterFacts(1 << 16, "adapter-1", 8, 1000, ("q_proj", "v_proj"))
+        self.adapters: dict[AdapterId, AdapterSpec] = {}
+        self.prefetched: list[AdapterId] = []
         self.describe_error: FlashServeError | None = None
         self.start_error: FlashServeError | None = None
         self.stage_error: FlashServeError | None = None
         self.stream_error: FlashServeError | None = None
+        self.slow_adapter: AdapterId | None = None
+        self.hurry = asyncio.Event()
         self.running = asyncio.Event()
         self.running.set()
         self._lost: dict[ReplicaId, asyncio.Event] = {}
@@ -122,7 +131,8 @@ class FakeNode:
         added_at: float | None = time.monotonic()
         try:
             for token in self._tokens(job.params)[len(job.emitted_ids) :]:
-                await self._next_token(lost)
+                is_slow = job.adapter_id is not None and job.adapter_id == self.slow_adapter
+                await self._next_token(lost, self.hurry if is_slow else self.running)
                 now = time.monotonic()
                 yield TokenBatch(
                     (dataclasses.replace(token, emitted_at=now),),
@@ -133,8 +143,8 @@ class FakeNode:
         finally:
             self.num_open_streams -= 1
 
-    async def _next_token(self, lost: asyncio.Event) -> None:
-        waits = [asyncio.create_task(event.wait()) for event in (self.running, lost)]
+    async def _next_token(self, lost: asyncio.Event, go: asyncio.Event) -> None:
+        waits = [asyncio.create_task(event.wait()) for event in (go, lost)]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -155,10 +165,25 @@ class FakeNode:
             raise self.describe_error
         return dataclasses.replace(self.facts, directory=self.facts.directory or str(Path(uri)))
 
+    async def describe_adapter(self, uri: str, base: ModelSpec) -> AdapterFacts:
+        if self.describe_error is not None:
+            raise self.describe_error
+        return self.adapter_facts
+
+    def declare_adapter(self, spec: AdapterSpec) -> None:
+        self.adapters[spec.adapter_id] = spec
+
+    def retire_adapter(self, adapter_id: AdapterId) -> None:
+        del self.adapters[adapter_id]
+
+    def prefetch_adapter(self, adapter_id: AdapterId) -> None:
+        self.prefetched.append(adapter_id)
+
     async def stats(self) -> NodeStats:
         models = {model_id: ModelResidence(tier, 2 << 20) for model_id, tier in self._tiers.items()}
         replicas = {one: WorkerStats(KVUsage(10, 4, 1, 5), 1, 0) for one in self._lost}
-        return NodeStats(ArenaUsage(0, 0, 0), models, replicas)
+        near = {one: AdapterResidence(Tier.DRAM, 1 << 16, 0) for one in self.prefetched}
+        return NodeStats(ArenaUsage(0, 0, 0), models, replicas, adapters=near)
 
     async def close(self, grace_s: float) -> None:
         for lost in self._lost.values():

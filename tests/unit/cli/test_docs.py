@@ -40,7 +40,8 @@ def test_every_command_and_option_is_documented() -> None:
     commands = typer.main.get_command(app).commands
     assert set(sections) == set(commands)
     for name, command in commands.items():
-        options = {o for p in command.params for o in p.opts if o.startswith("--")}
+        members = getattr(command, "commands", {"": command}).values()
+        options = {o for c in members for p in c.params for o in p.opts if o.startswith("--")}
         mentioned = set(re.findall(r"--[a-z][a-z-]*", sections[name]))
         assert mentioned <= options, f"{name}: {mentioned - options}"
         missing = options - mentioned - {"--help", "--json", "--url"}

@@ -20,9 +20,15 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
     return stopped.value.code
 
 
-@pytest.mark.parametrize("command", [command.__name__ for command in cli.EXAMPLES])
+COMMANDS = [
+    *(command.__name__ for command in cli.EXAMPLES),
+    *(f"adapter {command.__name__.rstrip('_')}" for command in cli.ADAPTER_EXAMPLES),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_every_command_shows_an_example(command: str) -> None:
-    shown = typer.testing.CliRunner().invoke(cli.app, [command, "--help"])
+    shown = typer.testing.CliRunner().invoke(cli.app, [*command.split(), "--help"])
     assert shown.exit_code == 0
     assert f"Example:\n    flashserve {command}" in shown.output
 

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from flashserve.config import EngineSettings
-from flashserve.engine.lora.batch import Composer, LoraStep, Owned
+from flashserve.engine.lora.batch import Composer, Group, LoraStep, Owned
 from flashserve.engine.lora.cache import AdapterCache
 from flashserve.engine.lora.memory import AdapterMemory, Reader
-from flashserve.engine.lora.targets import Group, Targets
+from flashserve.engine.lora.targets import Targets
 from flashserve.engine.sequence import Segment
 
-
-class AdaptableForward(Protocol):
-    """What adapters change; see engine/forward.py."""
-
-    def groups(self, targets: Targets) -> Sequence[Group]: ...
-    def adapt(self, targets: Targets) -> None: ...
+AdaptForward = Callable[[Targets], Sequence[Group]]
 
 
 class Adapters:
@@ -28,6 +23,8 @@ class Adapters:
     Args:
         model: its weights need not be there yet.
         read: gives the tensors of images.
+        adapt: prepares the forward for updates, once, before the first of them; returns the
+            groups of layers that it asks updates for.
         min_rows: see Composer.
     """
 
@@ -36,7 +33,7 @@ class Adapters:
         model: Any,
         settings: EngineSettings,
         read: Reader,
-        forward: AdaptableForward,
+        adapt: AdaptForward,
         *,
         min_rows: int = 1,
     ) -> None:
@@ -44,7 +41,7 @@ class Adapters:
         self._weight: torch.Tensor = next(model.parameters())
         self._num_bytes = settings.adapter_bytes
         self._read = read
-        self._forward = forward
+        self._adapt = adapt
         self._min_rows = min_rows
         self._composer: Composer | None = None
         self.cache = AdapterCache(self._targets, self._make_memory, settings.max_lora_rank)
@@ -74,19 +71,14 @@ class Adapters:
 
     def _make_memory(self) -> AdapterMemory:
         return AdapterMemory(
-            self._targets,
-            self._forward.groups(self._targets),
-            self._num_bytes,
-            self._weight.dtype,
-            self._weight.device,
-            self._read,
+            self._targets, self._num_bytes, self._weight.dtype, self._weight.device, self._read
         )
 
     def _make_composer(self) -> Composer:
         assert self.cache.memory is not None
-        self._forward.adapt(self._targets)
         return Composer(
             self.cache.memory,
+            self._adapt(self._targets),
             self._targets.embedding,
             self._targets.head,
             min_rows=self._min_rows,

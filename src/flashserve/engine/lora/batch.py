@@ -1,8 +1,8 @@
 """Who gets which adapter's update in one step: built once for a composition, used in every layer.
 
-The rows of a step are sorted: those of the base model, then those of adapters with few rows, by
-their ranks, then each adapter that has many. While a batch decodes, its composition stays the same
-from step to step, and so does all that is built here.
+The rows of a step are sorted: those of the base model, then those of adapters with few rows, then
+each adapter that has many. While a batch decodes, its composition stays the same from step to
+step, and so does all that is built here.
 """
 
 from __future__ import annotations
@@ -11,33 +11,33 @@ import collections
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
 
-from flashserve.engine.lora.kernels import Bags, Run, RunPart, Shrink, add_bags, add_run
-from flashserve.engine.lora.memory import AdapterMemory, Placed, PlacedGroup
-from flashserve.engine.lora.targets import Group, Target
+from flashserve.engine.lora.kernels import Bags, Run, RunPart, add_bags, add_run
+from flashserve.engine.lora.memory import AdapterMemory, Placed
+from flashserve.engine.lora.targets import Target
 
+Group: TypeAlias = tuple[Target, ...]
+"""Linear layers that share their input and are computed one after another."""
 Owned: TypeAlias = tuple[Placed | None, int]
 """An adapter, or the base model alone, and how many rows in a row are its."""
 
 MANY_ROWS = 64
 """From so many rows on, an adapter's are computed by plain products with its own matrices."""
 _MAX_KEPT = 4
+# So many rows for each adapter, or fewer, are multiplied one by one in float32: products of all
+# rows with all adapters would waste more arithmetic than they save in calls.
+_FEW_ROWS_EACH = 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _OwnRows:
-    """What each row of one adapter contributes to the Bags of a group; see there.
+    """What one adapter contributes to the Bags of a group; see there."""
 
-    columns: places among the row's own products.
-    """
-
-    unit: int
-    units: int
-    places: torch.Tensor
+    a_starts: torch.Tensor
     columns: torch.Tensor
     scales: torch.Tensor
     pages: torch.Tensor
@@ -89,7 +89,7 @@ class LoraStep:
     def add_embedding(self, ids: torch.Tensor, hidden: torch.Tensor, scale: float = 1.0) -> None:
         """Args: ids: [T]; hidden: [T, hidden_size], their embeddings, times `scale`."""
         for span in self._spans:
-            if (found := span.placed.outside.get(self._embedding)) is not None:
+            if (found := span.placed.targets.get(self._embedding)) is not None:
                 a = self._memory.spread(found.a, self._embedding.in_features)
                 b = self._memory.spread(found.b, self._embedding.out_features)
                 rows = a.index_select(1, ids[span.begin : span.end]).t()
@@ -98,7 +98,7 @@ class LoraStep:
     def add_head(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
         """Args: hidden: [R, hidden_size] of the sampled rows; logits: [R, vocabulary]."""
         for span in self._sampled:
-            if (found := span.placed.outside.get(self._head)) is not None:
+            if (found := span.placed.targets.get(self._head)) is not None:
                 a = self._memory.spread(found.a, self._head.in_features)
                 b = self._memory.spread(found.b, self._head.out_features)
                 rows = torch.mm(hidden[span.begin : span.end], a.t())
@@ -109,6 +109,7 @@ class Composer:
     """Makes LoraSteps.
 
     Args:
+        groups: the layers of a decoder layer, as the forward computes them.
         min_rows: above 1, each part of a step is computed by itself, with at least so many rows,
             so that no result depends on what else is there.
     """
@@ -116,12 +117,14 @@ class Composer:
     def __init__(
         self,
         memory: AdapterMemory,
+        groups: Sequence[Group],
         embedding: Target,
         head: Target,
         *,
         min_rows: int = 1,
     ) -> None:
         self._memory = memory
+        self._groups = groups
         self._embedding = embedding
         self._head = head
         self._min_rows = min_rows
@@ -137,13 +140,9 @@ class Composer:
         for placed, count in parts:
             totals[_serial(placed)] += count
 
-        def key(index: int) -> tuple[bool, tuple[int, ...], int]:
-            placed, _ = parts[index]
-            serial = _serial(placed)
-            if placed is None:
-                return False, (), serial
-            widths = tuple(group.width for group in placed.groups.values())
-            return self._is_run(totals[serial]), widths, serial
+        def key(index: int) -> tuple[bool, int]:
+            serial = _serial(parts[index][0])
+            return serial >= 0 and self._is_run(totals[serial]), serial
 
         return sorted(range(len(parts)), key=key)
 
@@ -175,10 +174,10 @@ class Composer:
             runs = _spans(parts, join=False)
         return LoraStep(
             self._memory,
-            [self._bags(index, few) for index in range(len(self._memory.groups))],
+            [self._bags(index, few) for index in range(len(self._groups))],
             [
                 [run for span in runs if (run := self._run(group, span)) is not None]
-                for group in range(len(self._memory.groups))
+                for group in self._groups
             ],
             spans,
             _spans(sampled),
@@ -188,91 +187,94 @@ class Composer:
 
     def _bags(self, group: int, spans: Sequence[_Span]) -> Bags | None:
         own = [self._own_rows(span.placed)[group] for span in spans]
-        if not any(item.units for item in own):
+        if not any(len(item.a_starts) for item in own):
             return None
         begin, end = spans[0].begin, spans[-1].end
         counts = [span.end - span.begin for span in spans]
-        take = []
-        first = 0
-        for item, count in zip(own, counts, strict=True):
-            for _ in range(count):
-                take.append(item.columns + first)
-                first += item.unit * item.units
-        scales = _repeated([item.scales for item in own], counts)
+        by_row = self._multiplies_by_row(end - begin, len(spans))
+        if by_row:
+            num_columns = max(len(item.a_starts) for item in own)
+            firsts = [0] * len(own)
+            a_starts = torch.cat(
+                [
+                    _padded(item.a_starts, num_columns).expand(count, -1)
+                    for item, count in zip(own, counts, strict=True)
+                ]
+            )
+        else:
+            sizes = [len(item.a_starts) for item in own]
+            num_columns = sum(sizes)
+            firsts = [0, *itertools.accumulate(sizes)][:-1]
+            a_starts = torch.cat([item.a_starts for item in own])
+        take = [
+            (item.columns + row * num_columns + first)
+            for item, span, first in zip(own, spans, firsts, strict=True)
+            for row in range(span.begin - begin, span.end - begin)
+        ]
         lengths = _repeated([item.lengths for item in own], counts)
+        zero = torch.zeros(1, dtype=torch.int64, device=lengths.device)
         return Bags(
             begin=begin,
             end=end,
-            shrinks=tuple(self._shrinks(own, spans)),
+            in_features=self._groups[group][0].in_features,
+            a_starts=a_starts,
+            by_row=by_row,
             take=torch.cat(take),
-            scales=None if bool((scales == 1).all()) else scales,
+            scales=_repeated([item.scales for item in own], counts),
             pages=_repeated([item.pages for item in own], counts),
-            offsets=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+            offsets=torch.cat((zero, lengths.cumsum(0))),
         )
 
-    def _shrinks(self, own: Sequence[_OwnRows], spans: Sequence[_Span]) -> Iterator[Shrink]:
-        """One for neighbours of equal width; adapters are sorted so that they are neighbours."""
-        pairs = zip(own, spans, strict=True)
-        for (unit, units), found in itertools.groupby(
-            pairs, key=lambda pair: (pair[0].unit, pair[0].units)
-        ):
-            if not units:
-                continue
-            same = list(found)
-            begin, end = same[0][1].begin, same[-1][1].end
-            places = _repeated(
-                [item.places for item, _ in same], [span.end - span.begin for _, span in same]
-            )
-            step = len(places) // (units * (end - begin))
-            offsets = torch.arange(0, len(places) + 1, step, device=places.device)
-            yield Shrink(begin, end, unit, units, places, offsets)
+    def _multiplies_by_row(self, num_rows: int, num_adapters: int) -> bool:
+        is_wide = self._memory.pool.dtype == torch.float32
+        return is_wide and num_adapters > 1 and num_rows <= _FEW_ROWS_EACH * num_adapters
 
-    def _run(self, group: int, span: _Span) -> Run | None:
-        found = span.placed.groups.get(group)
-        if found is None:
+    def _run(self, group: Group, span: _Span) -> Run | None:
+        parts: list[RunPart] = []
+        starts: list[int] = []
+        for index, target in enumerate(group):
+            if (found := span.placed.targets.get(target)) is not None:
+                columns = slice(len(starts), len(starts) + found.rank)
+                parts.append(RunPart(index, columns, self._tensor(found.b.starts), found.scaling))
+                starts += found.a.starts
+        if not parts:
             return None
-        parts = tuple(
-            RunPart(index, item.columns, self._memory.offsets(item.b), item.scaling)
-            for index, item in found.linears.items()
+        return Run(
+            span.begin,
+            span.end,
+            group[0].in_features,
+            self._tensor(starts),
+            tuple(parts),
+            self._min_rows,
         )
-        return Run(span.begin, span.end, found.width, found.offsets, parts, self._min_rows)
 
     def _own_rows(self, placed: Placed) -> list[_OwnRows]:
         if placed not in self._own:
-            self._own[placed] = [
-                self._own_group(placed.groups.get(index), group)
-                for index, group in enumerate(self._memory.groups)
-            ]
+            self._own[placed] = [self._own_group(placed, group) for group in self._groups]
         return self._own[placed]
 
-    def _own_group(self, found: PlacedGroup | None, group: Group) -> _OwnRows:
+    def _own_group(self, placed: Placed, group: Group) -> _OwnRows:
+        starts: list[int] = []
         columns: list[int] = []
         scales: list[float] = []
         pages: list[int] = []
         lengths: list[int] = []
-        for index, target in enumerate(group):
+        for target in group:
             num_chunks = -(-target.out_features // self._memory.page_elements)
-            linear = found.linears.get(index) if found is not None else None
-            if linear is None:
+            found = placed.targets.get(target)
+            if found is None:
                 lengths += [0] * num_chunks
                 continue
             for chunk in range(num_chunks):
-                pages += [start + chunk for start in linear.b.starts]
-                columns += range(linear.columns.start, linear.columns.stop)
-            scales += [linear.scaling] * (num_chunks * linear.rank)
-            lengths += [linear.rank] * num_chunks
-        places = self._tensor([])
-        if found is not None:
-            first = found.offsets // found.unit
-            places = torch.cat([first + index for index in range(found.units)])
+                pages += [start + chunk for start in found.b.starts]
+                columns += range(len(starts), len(starts) + found.rank)
+            scales += [found.scaling] * (num_chunks * found.rank)
+            lengths += [found.rank] * num_chunks
+            starts += found.a.starts
         return _OwnRows(
-            unit=0 if found is None else found.unit,
-            units=0 if found is None else found.units,
-            places=places,
+            a_starts=self._tensor(starts),
             columns=self._tensor(columns),
-            scales=torch.tensor(
-                scales, dtype=self._memory.pool.dtype, device=self._memory.pool.device
-            ),
+            scales=torch.tensor(scales, dtype=self._memory.pool.dtype),
             pages=self._tensor(pages),
             lengths=self._tensor(lengths),
         )
@@ -301,6 +303,11 @@ def _spans(parts: Sequence[Owned], *, join: bool = True) -> list[_Span]:
                 spans.append(_Span(placed, row, row + count))
         row += count
     return spans
+
+
+def _padded(starts: torch.Tensor, count: int) -> torch.Tensor:
+    """Further rows, whose products nobody takes, are those of page 0."""
+    return torch.nn.functional.pad(starts, (0, count - len(starts)))
 
 
 def _repeated(parts: Sequence[torch.Tensor], counts: Sequence[int]) -> torch.Tensor:

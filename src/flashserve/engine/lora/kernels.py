@@ -3,10 +3,10 @@
 Rows of a batch are sorted by adapter. Two forms compute the update of a group of linear layers
 that share their input (queries, keys and values, say):
 
-  Bags  many adapters with few rows each, as in decoding. x A^T is a sum of rows of A transposed,
-        whose weights are the features of x, and the same with B: both are embedding bags over
-        the paged memory itself. Each row of the batch sums its own adapter's rows: no loop over
-        adapters, no padding, no mask, nothing gathered first.
+  Bags  many adapters with few rows each, as in decoding. The rows of A of all adapters present are
+        gathered, page by page, and multiplied with all rows at once; then each row takes the
+        results of its own adapter as the weights of a sum over pages of B, straight from the
+        paged memory (an embedding bag). No loop over adapters, and nothing is padded.
   Run   many rows of one adapter, as in a prompt: plain products.
 """
 
@@ -54,39 +54,25 @@ def lora_delta(
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Shrink:
-    """Products of rows [begin, end) with A, of adapters whose rows of A transposed are as wide.
-
-    unit, units: how wide; see PlacedGroup.
-    places: [rows * units * in_features] units of A transposed, of each row's own adapter.
-    offsets: [rows * units + 1] where each sum begins.
-    """
-
-    begin: int
-    end: int
-    unit: int
-    units: int
-    places: torch.Tensor
-    offsets: torch.Tensor
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class Bags:
     """The update of one group of layers to rows [begin, end) of a step.
 
-    shrinks: they cover the rows whose adapters change the group; their products, one after
-    another, are `products`.
-    take: [M] places among the products that are weights of the sum, in the order of pages.
-    scales: [M] what to multiply them with; None for 1.
+    a_starts: [P] first pages of the rows of A of every adapter there.
+    by_row: whether a_starts is [rows, P], of each row's own adapter, padded; then products are
+        made row by row.
+    take: [M] places in the [rows, P] products that are weights of the sum, in the order of pages.
+    scales: [M] what to multiply them with.
     pages: [M] pages of B.
     offsets: [rows * chunks + 1] where each sum begins; a row has one for each page of its output.
     """
 
     begin: int
     end: int
-    shrinks: tuple[Shrink, ...]
+    in_features: int
+    a_starts: torch.Tensor
+    by_row: bool
     take: torch.Tensor
-    scales: torch.Tensor | None
+    scales: torch.Tensor
     pages: torch.Tensor
     offsets: torch.Tensor
 
@@ -98,7 +84,7 @@ class RunPart:
     index: int
     """Among the layers of the group."""
     columns: slice
-    b_offsets: torch.Tensor
+    b_starts: torch.Tensor
     scaling: float
 
 
@@ -106,14 +92,13 @@ class RunPart:
 class Run:
     """The update of one group of layers to rows [begin, end), all of one adapter.
 
-    a_offsets: [in_features] rows of A transposed, `width` wide.
     min_rows: compute at least so many, for the sake of batch_invariant.
     """
 
     begin: int
     end: int
-    width: int
-    a_offsets: torch.Tensor
+    in_features: int
+    a_starts: torch.Tensor
     parts: tuple[RunPart, ...]
     min_rows: int = 1
 
@@ -122,38 +107,30 @@ def add_bags(
     memory: AdapterMemory, layer: int, bags: Bags, x: torch.Tensor, outs: Sequence[torch.Tensor]
 ) -> None:
     """Adds to `outs`, [T, out_features] of each layer of the group, in place."""
-    products = [_shrink(memory.units(layer, part.unit), part, x) for part in bags.shrinks]
-    joined = products[0] if len(products) == 1 else torch.cat(products)
-    weights = joined.index_select(0, bags.take)
-    if bags.scales is not None:
-        weights.mul_(bags.scales)
-    delta = _sum_bags(memory.layers[layer], bags.pages, bags.offsets, weights)
-    delta = delta.view(bags.end - bags.begin, -1)
+    rows = x[bags.begin : bags.end]
+    table = memory.rows(layer, bags.in_features)
+    a = table.index_select(0, bags.a_starts.view(-1))
+    if bags.by_row:
+        a = a.view(len(rows), -1, bags.in_features)
+        products = torch.bmm(a, rows[:, :, None])
+    else:
+        products = torch.mm(rows, a.t())
+    weights = products.view(-1).index_select(0, bags.take).mul_(bags.scales)
+    delta = torch.embedding_bag(
+        memory.layers[layer],
+        bags.pages,
+        bags.offsets,
+        False,
+        _SUM,
+        False,
+        weights,
+        True,
+    )[0].view(len(rows), -1)
     at = 0
     for out in outs:
         width = out.shape[1]
         out[bags.begin : bags.end].add_(delta[:, at : at + width])
         at += -(-width // memory.page_elements) * memory.page_elements
-
-
-def _shrink(table: torch.Tensor, part: Shrink, x: torch.Tensor) -> torch.Tensor:
-    """The products of a part's rows, [rows * units * unit]."""
-    rows = x[part.begin : part.end]
-    if part.units > 1:
-        rows = rows[:, None].expand(-1, part.units, -1)
-    return _sum_bags(table, part.places, part.offsets, rows.reshape(-1)).view(-1)
-
-
-def _sum_bags(
-    table: torch.Tensor, places: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    """[bags, row]: of each bag, the sum of weights[i] * table[places[i]] over its range of i.
-
-    `table` is contiguous: of another one the operator would make a copy first. The operator itself
-    is called, since torch.nn.functional.embedding_bag checks its arguments for longer than the
-    products of a small batch take.
-    """
-    return torch.embedding_bag(table, places, offsets, False, _SUM, False, weights, True)[0]
 
 
 def add_run(
@@ -164,11 +141,11 @@ def add_run(
     num_rows = len(rows)
     if num_rows < run.min_rows:
         rows = torch.cat((rows, rows[-1:].expand(run.min_rows - num_rows, -1)))
-    a = memory.rows(layer, run.width).index_select(0, run.a_offsets)
-    products = torch.mm(rows, a)
+    a = memory.rows(layer, run.in_features).index_select(0, run.a_starts)
+    products = torch.mm(rows, a.t())
     for part in run.parts:
         out = outs[part.index]
-        b = memory.rows(layer, out.shape[1]).index_select(0, part.b_offsets)
+        b = memory.rows(layer, out.shape[1]).index_select(0, part.b_starts)
         mine = products[:, part.columns]
         if num_rows == len(rows):
             out[run.begin : run.end].addmm_(mine, b, alpha=part.scaling)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import nn
 
@@ -28,10 +28,6 @@ class Target:
     in_features: int
     out_features: int
     is_outside: bool = False
-
-
-Group: TypeAlias = tuple[Target, ...]
-"""Linear layers that share their input and are computed one after another."""
 
 
 class Targets:
@@ -69,7 +65,7 @@ class Targets:
             if not target.is_outside:
                 yield name, layer, target
 
-    def pages(self, target: Target, num_elements: int) -> int:
+    def width(self, target: Target, num_elements: int) -> int:
         """Pages of a row; one of a module outside is spread over all layers' memory."""
         spread = self.num_layers if target.is_outside else 1
         return -(-num_elements // (self.page_elements * spread))

@@ -81,7 +81,8 @@ def find_weights(files: CheckpointFiles) -> WeightFiles:
             f"{files.place} holds only pickled weights ({shown(pickles[0])}), which can run code "
             "and are never loaded: convert them to safetensors"
         )
-    raise CheckpointError(f"{files.place} holds neither {single} nor {index}")
+    model_or_adapter = "" if is_adapter(names) else f", nor an {ADAPTER_CONFIG_NAME}"
+    raise CheckpointError(f"{files.place} holds neither {single} nor {index}{model_or_adapter}")
 
 
 def _read_index(files: CheckpointFiles, index_name: str) -> dict[str, str]:

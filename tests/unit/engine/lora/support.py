@@ -110,7 +110,7 @@ def make_memory(
     arena: Arena, dtype: torch.dtype = torch.float32, *, width: int = 64, num_bytes: int = 8 << 20
 ) -> AdapterMemory:
     device = torch.device("cpu")
-    return AdapterMemory(targets(width), groups(width), num_bytes, dtype, device, arena.read)
+    return AdapterMemory(targets(width), num_bytes, dtype, device, arena.read)
 
 
 def load(memory: AdapterMemory, adapter: Adapter) -> Placed:

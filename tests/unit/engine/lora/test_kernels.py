@@ -100,7 +100,7 @@ def test_every_form_equals_the_reference(
     ]
     memory = make_memory(Arena(*adapters), dtype, width=width, num_bytes=16 << 20)
     placed = [load(memory, adapter) for adapter in adapters]
-    composer = Composer(memory, targets().embedding, targets().head)
+    composer = Composer(memory, groups(width), targets().embedding, targets().head)
     parts = [(None if owner is None else placed[owner], 1) for owner in owners]
     order = composer.order(parts)
     step = composer.compose([parts[index] for index in order], [])
@@ -119,7 +119,7 @@ def test_layers_and_modules_that_an_adapter_leaves_alone_stay_as_they_are() -> N
     part = make_adapter("part", 16, modules=modules)
     memory = make_memory(Arena(full, part))
     memory.release(load(memory, full))
-    composer = Composer(memory, targets().embedding, targets().head)
+    composer = Composer(memory, groups(), targets().embedding, targets().head)
     step = composer.compose([(load(memory, part), 3)], [])
     assert step is not None
     x = torch.randn(3, 128)
