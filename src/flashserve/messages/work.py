@@ -82,7 +82,7 @@ class ArrivalFailed:
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoadReport:
     device_s: float
-    """Binding the weights (CPU), or starting their copies (accelerator), behind which the first step
+    """Binding the weights (CPU), or starting their copies (accelerator), for which the first step
     then waits."""
     init_s: float
     """Everything else: building the module, the KV pool, first-use work."""
