@@ -52,6 +52,15 @@ def named_policies() -> list[Policy]:
 
 
 def histograms() -> list[Policy]:
-    """Hybrid histograms of other percentiles and ranges than the published ones, for a frontier."""
-    settings = [HistogramSettings(r, head, tail) for head, tail in _HISTOGRAMS for r in _RANGES]
-    return [HybridHistogram(each, next_gap) for each in settings]
+    """Hybrid histograms of other percentiles and ranges than the published ones, for a frontier.
+
+    Those of the published range have its ARIMA branch.
+    """
+    return [
+        HybridHistogram(
+            HistogramSettings(range_minutes, head, tail),
+            next_gap if range_minutes == HistogramSettings().range_minutes else None,
+        )
+        for head, tail in _HISTOGRAMS
+        for range_minutes in _RANGES
+    ]
