@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from flashserve.errors import InputError
 from flashserve.forecast import decisions, scores
-from flashserve.forecast.core import ArrivalModel, Floats, FollowingModel
+from flashserve.forecast.core import ArrivalModel, Floats, FollowingModel, History, Prediction
 from flashserve.forecast.decisions import Outcome, Policy
 from flashserve.forecast.traces import Trace
 
@@ -110,21 +110,27 @@ def sweep(
     history = trace.history
     num_minutes = history.counts.shape[1]
     result = np.empty((len(history.names), num_minutes - first, len(leads)), np.float32)
-    if not hasattr(model, "follow"):
-        for column in range(first, num_minutes):
-            known = history.before(history.start + column)
-            result[:, column - first] = model.predict(known, leads).p_arrival
-            if progress:
-                progress(column - first + 1, num_minutes - first)
-        return result
-    follower = cast("FollowingModel", model).follow(history.names, history.start)
-    for column, counts in enumerate(history.counts.T):
-        if column >= first:
-            result[:, column - first] = follower.forecast(leads).p_arrival
-        follower.advance(counts)
+    for column, said in forecasts_from(model, history, first, leads):
+        result[:, column - first] = said.p_arrival
         if progress:
             progress(column + 1, num_minutes)
     return result
+
+
+def forecasts_from(
+    model: ArrivalModel, history: History, first: int, leads: Sequence[int], step: int = 1
+) -> Iterator[tuple[int, Prediction]]:
+    """Columns from `first`, each with what the model says before it, of every `step`-th minute."""
+    num_minutes = history.counts.shape[1]
+    if not hasattr(model, "follow"):
+        for column in range(first, num_minutes, step):
+            yield column, model.predict(history.before(history.start + column), leads)
+        return
+    follower = cast("FollowingModel", model).follow(history.names, history.start)
+    for column, counts in enumerate(history.counts.T):
+        if column >= first and (column - first) % step == 0:
+            yield column, follower.forecast(leads)
+        follower.advance(counts)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

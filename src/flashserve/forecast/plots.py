@@ -11,12 +11,13 @@ import numpy as np
 from flashserve.errors import InputError
 from flashserve.forecast import backtest, decisions, scores
 from flashserve.forecast.backtest import LEADS, Forecasts
-from flashserve.forecast.core import QUANTILE_LEVELS, ArrivalModel
+from flashserve.forecast.core import QUANTILE_LEVELS, ArrivalModel, History
 from flashserve.forecast.summary import Ran
 from flashserve.forecast.traces import DAY
 
 _FAN_LEADS = tuple(range(1, 61))
-_COMPONENT_STEP = 10
+_COMPONENT_STEP = 5
+_SHOWN_MINUTES = 480
 _COLD_COST = 30
 _SIZE = (7.2, 4.0)
 
@@ -126,37 +127,42 @@ def _hazard(axes: Any, ran: Ran, forecasts: Forecasts) -> None:
 
 
 def _fan(axes: Any, ran: Ran, model: ArrivalModel, example: int) -> None:
-    history = ran.parts.future.history
-    counts = history.counts[example]
+    history = _row(ran, example)
+    counts = history.counts[0]
     last = max(ran.parts.report_from, len(counts) - max(_FAN_LEADS))
     busy = np.flatnonzero(counts[ran.parts.report_from : last] > 0)
     origin = ran.parts.report_from + (int(busy[len(busy) // 2]) + 1 if busy.size else 0)
-    said = model.predict(history.before(history.start + origin), _FAN_LEADS)
-    quantiles = said.quantiles[example]
-    for low, high, shade in ((0, 3, 0.15), (0, 2, 0.3)):
-        label = f"{QUANTILE_LEVELS[low]:.0%} to {QUANTILE_LEVELS[high]:.0%}"
+    quantiles = model.predict(history.before(history.start + origin), _FAN_LEADS).quantiles[0]
+    for high, shade in ((3, 0.15), (2, 0.3)):
+        label = f"{QUANTILE_LEVELS[0]:.0%} to {QUANTILE_LEVELS[high]:.0%}"
         axes.fill_between(
-            _FAN_LEADS, quantiles[:, low], quantiles[:, high], alpha=shade, color="C0", label=label
+            _FAN_LEADS, quantiles[:, 0], quantiles[:, high], alpha=shade, color="C0", label=label
         )
     axes.plot(_FAN_LEADS, quantiles[:, 1], "C0", label="median")
     came = np.cumsum(np.nan_to_num(counts[origin : origin + len(_FAN_LEADS)]))
     axes.step(np.arange(1, len(came) + 1), came, "k", where="post", label="came")
-    axes.set(xlabel="minutes ahead", ylabel=f"arrivals of {history.names[example][:24]} until then")
+    axes.set(xlabel="minutes ahead", ylabel=f"arrivals of {history.names[0][:24]} until then")
     axes.legend(fontsize="small")
 
 
 def _components(axes: Any, ran: Ran, model: ArrivalModel, example: int) -> None:
-    history = ran.parts.future.history
-    last = min(ran.parts.report_from + 480, history.counts.shape[1])
-    at = range(ran.parts.report_from, last, _COMPONENT_STEP)
-    row = type(history)((history.names[example],), history.start, history.counts[[example]])
+    history = _row(ran, example)
+    shown = history.before(history.start + ran.parts.report_from + _SHOWN_MINUTES)
+    at: list[int] = []
     paths: dict[str, list[float]] = {}
-    for column in at:
-        said = model.predict(row.before(row.start + column), LEADS[:1])
-        parts = said.components or {"rate": said.mean[:, 0]}
-        for name, values in parts.items():
+    said = backtest.forecasts_from(
+        model, shown, ran.parts.report_from, LEADS[:1], step=_COMPONENT_STEP
+    )
+    for column, prediction in said:
+        at.append(column)
+        for name, values in (prediction.components or {"rate": prediction.mean[:, 0]}).items():
             paths.setdefault(name, []).append(float(values[0]))
     for name, path in paths.items():
-        axes.plot(list(at), path, label=name)
+        axes.plot(at, path, label=name)
     axes.set(xlabel="minute of the trace", ylabel="component")
     axes.legend(fontsize="small")
+
+
+def _row(ran: Ran, example: int) -> History:
+    history = ran.parts.future.history
+    return History((history.names[example],), history.start, history.counts[[example]])

@@ -135,3 +135,13 @@ def test_following_on_a_terminal_shows_bytes_until_nobody_can_tell(
     written = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
     assert "staging m" in written
     assert "5.0/20.0 MiB" in written
+
+
+def test_pieces_of_work_are_named_once_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with console.counting("backtest") as tell:
+        for done in range(3):
+            tell("naive", done, 3)
+        tell("ewma", 1, 3)
+    assert capsys.readouterr().err == "backtest: naive\nbacktest: ewma\n"
