@@ -139,7 +139,8 @@ def design_matrix(shape: Shape, start: int, end: int, minutes: npt.NDArray[np.in
     elapsed = (middle - start) / span
     knots = _knots(shape.num_changepoints, span // shape.bin_minutes)
     blocks: list[Floats] = [np.ones((len(minutes), 1)), elapsed[:, None] - 0.5]
-    blocks.append(np.subtract.outer(elapsed, knots).clip(min=0.0))
+    since_knots: Floats = elapsed[:, None] - knots[None, :]
+    blocks.append(np.where(since_knots > 0, since_knots, 0.0))
     for period, order in _seasons(shape, span):
         blocks.append(_fourier(middle, period, order))
     if shape.holidays:

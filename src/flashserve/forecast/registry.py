@@ -7,10 +7,14 @@ from collections.abc import Callable, Sequence
 from flashserve.errors import InputError
 from flashserve.forecast.arima import Arima, next_gap
 from flashserve.forecast.baselines import Ewma, Fourier, Kalman, Naive, SeasonalNaive
+from flashserve.forecast.boosted import BoostedModel
 from flashserve.forecast.core import ArrivalModel
 from flashserve.forecast.decisions import Policy
 from flashserve.forecast.hazard import HazardModel
 from flashserve.forecast.keeping import FixedKeepAlive, HistogramSettings, HybridHistogram
+from flashserve.forecast.network.model import NetworkModel
+from flashserve.forecast.network.process import TrainSettings
+from flashserve.forecast.prophet import ProphetLstm
 from flashserve.forecast.ski import SkiRental
 
 EWMA_HALF_LIVES = (2, 5, 15, 60, 240)
@@ -29,6 +33,9 @@ MODELS: dict[str, Callable[[int], ArrivalModel]] = {
     "arima": lambda _seed: Arima(),
     "ski-rental": lambda _seed: SkiRental(),
     "hazard": lambda _seed: HazardModel(),
+    "hybrid": lambda seed: NetworkModel(settings=TrainSettings(seed=seed)),
+    "boosted": BoostedModel,
+    "prophet-lstm": ProphetLstm,
 }
 """Makes each model from a seed."""
 

@@ -114,8 +114,10 @@ def make_dataset(
     """Replays the counts minute by minute, as serving does, and keeps what was seen.
 
     Series are drawn and then the oldest minutes left out until there are `max_cells`.
-    With `begin`, what it normalises by and its pool stay.
+    With `begin`, what it normalises by and its pool stay. Weights count by their square roots: a
+    rare function can stand for thousands, and a few such series would be all that is learnt.
     """
+    weights = np.sqrt(np.maximum(weights, 0))
     pool = begin.pool if begin is not None else learn_pool(counts, weights)
     num_series = min(len(counts), max(max_cells // max(counts.shape[1], 1), _MIN_SERIES))
     if num_series < len(counts):
@@ -137,7 +139,7 @@ def make_dataset(
     shift = (begin.mean, begin.scale, begin.low, begin.high) if begin else _normalisation(raw)
     for table in raw:
         table[:] = np.clip((table.astype(np.float32) - shift[0]) * shift[1], shift[2], shift[3])
-    share = (weights / weights.mean()).astype(np.float32)
+    share = (weights / max(float(weights.mean()), 1e-12)).astype(np.float32)
     return Dataset(raw, due, offset, counts[:, skipped:], share, *shift, pool)
 
 

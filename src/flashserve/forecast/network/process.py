@@ -58,12 +58,17 @@ def train_apart(
         (folder / "settings.json").write_text(json.dumps(dataclasses.asdict(settings)))
         if begin is not None:
             files.save(begin, folder / "begin.npz")
-        _run(folder, settings)
+        run_apart("flashserve.forecast.network.train", folder, settings.cpu_s)
         return files.load(folder / "weights.npz")
 
 
-def _run(folder: Path, settings: TrainSettings) -> None:
-    command = [sys.executable, "-P", "-m", "flashserve.forecast.network.train", str(folder)]
+def run_apart(module: str, folder: Path, cpu_s: int) -> None:
+    """Run a training module of ours on a folder, with one core, and wait for it.
+
+    Raises:
+        UnavailableError: it failed or took twice its CPU time.
+    """
+    command = [sys.executable, "-P", "-m", module, str(folder)]
     one_core = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     try:
         done = subprocess.run(  # noqa: S603 - our own module and a directory of our own
@@ -71,7 +76,7 @@ def _run(folder: Path, settings: TrainSettings) -> None:
             env={**os.environ, **one_core},
             capture_output=True,
             text=True,
-            timeout=2 * settings.cpu_s + 60,
+            timeout=2 * cpu_s + 60,
             check=False,
         )
     except subprocess.TimeoutExpired as error:

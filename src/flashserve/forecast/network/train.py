@@ -30,8 +30,8 @@ from flashserve.forecast.network.weights import (
     NetworkWeights,
 )
 
-_CHUNK_MINUTES = 120
-_BATCH_SERIES = 128
+_CHUNK_MINUTES = 60
+_BATCH_SERIES = 48
 _COUNT_SHARE = 0.05
 # The likelihood of one cell counts no more than this, so that poison teaches nothing.
 _MAX_CELL_LOSS = 12.0
