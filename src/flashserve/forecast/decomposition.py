@@ -139,15 +139,14 @@ def design_matrix(shape: Shape, start: int, end: int, minutes: npt.NDArray[np.in
     elapsed = (middle - start) / span
     knots = _knots(shape.num_changepoints, span // shape.bin_minutes)
     blocks: list[Floats] = [np.ones((len(minutes), 1)), elapsed[:, None] - 0.5]
-    since_knots: Floats = elapsed[:, None] - knots[None, :]
-    blocks.append(np.where(since_knots > 0, since_knots, 0.0))
+    blocks.append(np.subtract.outer(elapsed, knots).clip(min=0.0))
     for period, order in _seasons(shape, span):
         blocks.append(_fourier(middle, period, order))
     if shape.holidays:
         days = np.asarray(shape.holidays, dtype=np.int64)
         into = minutes[:, None] - days[None, :]
-        is_holiday = ((into >= 0) & (into < DAY_MINUTES)).any(axis=1, keepdims=True)
-        blocks.append(is_holiday.astype(np.float64))
+        num_holidays: Floats = ((into >= 0) & (into < DAY_MINUTES)).sum(axis=1, dtype=np.float64)
+        blocks.append(np.minimum(num_holidays, 1.0)[:, None])
     return np.concatenate(blocks, axis=1)
 
 
