@@ -66,6 +66,9 @@ def split(past: Trace, future: Trace | None = None, *, halves: bool = False) -> 
         if halves:
             chosen = np.array([_is_odd(name) for name in past.history.names])
             past, future = past.select(~chosen), past.select(chosen)
+    # Series that nobody watched in the reported time have nothing to report.
+    last = future.history.counts[:, 2 * future.history.counts.shape[1] // 3 :]
+    future = future.select(np.asarray((~np.isnan(last)).any(axis=1)))
     for trace in (past, future):
         num_minutes = trace.history.counts.shape[1]
         if num_minutes < _MIN_MINUTES:

@@ -108,13 +108,14 @@ def test_half_the_idle_minutes_at_one_share_is_a_ratio_of_a_half() -> None:
 
 def test_log_losses_leave_out_what_is_not_known() -> None:
     counts = np.zeros((2, 300), np.float32)
-    counts[1, 200:] = np.nan
+    counts[1, 201:] = np.nan
     trace = Trace("t", History(("a", "b"), 0, counts), np.ones(2))
     parts = backtest.split(trace)
     forecasts = backtest.run_model(Recorder(), parts, [1, 30])
     losses = backtest.losses(forecasts, parts, [1, 30])
     assert losses[0] == pytest.approx([0.1, 0.1], rel=1e-5)  # -log of exp(-0.1)
-    assert np.isnan(losses[1]).all()
+    assert losses[1, 0] == pytest.approx(0.1, rel=1e-5)  # of the one minute that was watched
+    assert np.isnan(losses[1, 1])
 
 
 def test_busy_series_and_those_without_weight_are_no_question() -> None:
@@ -134,3 +135,11 @@ def test_unknown_names_are_refused_with_those_that_are_known() -> None:
     with pytest.raises(InputError, match="no forecaster is named oracle; there are naive, "):
         registry.make_models(["naive", "oracle"], seed=1)
     assert [m.name for m in registry.make_models(["ewma-2", "ewma-60"], 1)] == ["ewma-2", "ewma-60"]
+
+
+def test_series_that_end_before_the_report_are_fitted_and_not_reported() -> None:
+    counts = np.zeros((2, 90), np.float32)
+    counts[1, 60:] = np.nan
+    parts = backtest.split(Trace("t", History(("goes-on", "ends"), 0, counts), np.ones(2)))
+    assert parts.past.history.names == ("goes-on", "ends")
+    assert parts.future.history.names == ("goes-on",)
