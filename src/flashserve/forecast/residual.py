@@ -85,6 +85,9 @@ def train(inputs: Singles, outputs: Singles, seed: int, num_epochs: int) -> Resi
     x, y = torch.from_numpy(inputs[chosen])[..., None], torch.from_numpy(outputs[chosen])
     lstm = nn.LSTM(1, _NUM_HIDDEN, batch_first=True)
     out = nn.Linear(_NUM_HIDDEN, HORIZON_BINS)
+    # Who has nothing to learn from adds nothing.
+    nn.init.zeros_(out.weight)
+    nn.init.zeros_(out.bias)
     optimizer = torch.optim.Adam([*lstm.parameters(), *out.parameters()], 3e-3)
     for _ in range(num_epochs if len(x) else 0):
         for batch in torch.from_numpy(draw.permutation(len(x))).split(_BATCH):

@@ -14,12 +14,12 @@ from flashserve.forecast.residual import HORIZON_BINS, WINDOW_BINS, train, windo
 def fitted() -> ProphetLstm:
     pytest.importorskip("prophet")
     model = ProphetLstm(num_epochs=2)
-    model.fit(workload(400))
+    model.fit(workload(300))
     return model
 
 
 def test_keeps_the_rules_of_a_forecast(fitted: ProphetLstm) -> None:
-    check_model(fitted)
+    check_model(fitted, ends=(0, 7, 200))
 
 
 def test_forecasts_the_level_of_a_steady_series(fitted: ProphetLstm) -> None:
@@ -59,6 +59,13 @@ def test_the_residual_network_continues_a_wave_and_numpy_agrees_with_torch() -> 
         hidden = lstm(torch.from_numpy(inputs.copy())[..., None])[0][:, -1].numpy()
     theirs = hidden @ weights.out_weights + weights.out_bias
     np.testing.assert_allclose(weights.ahead(inputs), theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_without_a_window_to_learn_from_the_residual_adds_nothing() -> None:
+    pytest.importorskip("torch")
+    inputs, outputs = windows_of(np.empty(0))
+    weights = train(inputs, outputs, seed=0, num_epochs=3)
+    assert (weights.ahead(np.ones((2, WINDOW_BINS), dtype=np.float32)) == 0).all()
 
 
 def test_without_a_fit_or_the_library_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
+from flashserve.errors import InputError
 from flashserve.forecast.core import Floats
 from flashserve.forecast.hazard import Pool, Singles, learn_pool
 from flashserve.forecast.network.features import LEADS, NUM_FEATURES, OF_THE_DAY, Features
@@ -116,7 +117,12 @@ def make_dataset(
     Series are drawn and then the oldest minutes left out until there are `max_cells`.
     With `begin`, what it normalises by and its pool stay. Weights count by their square roots: a
     rare function can stand for thousands, and a few such series would be all that is learnt.
+
+    Raises:
+        InputError: no minute is known.
     """
+    if not (~np.isnan(counts)).any():
+        raise InputError("there is nothing to learn from: no minute of any series is known")
     weights = np.sqrt(np.maximum(weights, 0))
     pool = begin.pool if begin is not None else learn_pool(counts, weights)
     num_series = min(len(counts), max(max_cells // max(counts.shape[1], 1), _MIN_SERIES))

@@ -31,7 +31,7 @@ class TrainSettings:
     """
 
     seed: int = 0
-    num_epochs: int = 6
+    num_epochs: int = 12
     num_hidden: int = 32
     num_head: int = 48
     learning_rate: float = 3e-3

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from tests.unit.forecast.workloads import workload
 
+from flashserve.errors import InputError
 from flashserve.forecast.core import known_counts
 from flashserve.forecast.hazard import Pool
 from flashserve.forecast.network.dataset import make_dataset, targets
@@ -108,6 +109,19 @@ def test_features_of_the_day_are_off_for_who_was_trained_on_one_day() -> None:
     assert (data.scale[list(OF_THE_DAY)] == 0).all()
     assert (data.scale[: len(LAGS)] > 0).all()
     assert np.abs(data.rows.astype(np.float32)).max() <= 8.01
+
+
+def test_without_a_known_minute_there_is_nothing_to_learn() -> None:
+    for counts in (np.full((3, 20), np.nan), np.empty((3, 0))):
+        with pytest.raises(InputError, match="nothing to learn from"):
+            make_dataset(counts, 0, np.ones(3), 100, np.random.default_rng(0))
+
+
+def test_rare_series_that_stand_for_many_do_not_drown_the_rest() -> None:
+    counts = known_counts(workload(60).counts[:2])
+    draw = np.random.default_rng(0)
+    data = make_dataset(counts, 0, np.array([10_000.0, 1.0]), 100_000, draw)
+    assert data.weights[0] / data.weights[1] == pytest.approx(100)
 
 
 def test_no_more_cells_than_allowed_and_the_newest_are_kept() -> None:
