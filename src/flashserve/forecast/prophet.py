@@ -184,6 +184,7 @@ def _prophet() -> tuple[Any, Any]:
         raise InputError(
             "the Prophet + LSTM forecaster needs prophet: pip install 'flashserve[forecast]'"
         ) from error
-    logging.getLogger("cmdstanpy").setLevel(logging.CRITICAL)
-    logging.getLogger("prophet").setLevel(logging.CRITICAL)
+    # They tell of every chain, and cmdstanpy sets its level when it is first used.
+    for name in ("cmdstanpy", "prophet"):
+        logging.getLogger(name).disabled = True
     return prophet, pandas
