@@ -7,7 +7,8 @@ from tests.unit.forecast.workloads import check_model, workload
 from flashserve.errors import InputError
 from flashserve.forecast.core import History
 from flashserve.forecast.prophet import BIN_MINUTES, ProphetLstm, fit_prophet
-from flashserve.forecast.residual import HORIZON_BINS, WINDOW_BINS, train, windows_of
+from flashserve.forecast.residual import HORIZON_BINS, WINDOW_BINS, windows_of
+from flashserve.forecast.residual_train import train
 
 
 @pytest.fixture(scope="module")
