@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeAlias
 
 import torch
+from torch import nn
 
 from flashserve.engine.lora.pages import PagePool, Rows
 from flashserve.engine.lora.targets import Target, Targets
@@ -119,17 +120,26 @@ class AdapterMemory:
         )
 
     def fill(self, placed: Placed, image: AdapterImage) -> None:
-        """Copies the adapter's bytes from the arena."""
-        index = [
-            torch.tensor(
-                [page for start in rows.starts for page in range(start, start + rows.width)],
-                device=self.pool.device,
-            )
-            for rows in placed.rows()
-        ]
-        self.pool.index_fill_(1, torch.cat(index), 0)
+        """Copies the adapter's bytes from the arena, those of a target's layers together.
+
+        Every page of the adapter is written: what it has no values for becomes zero.
+        """
+        by_target: dict[Target, dict[int, LoraLayer]] = {}
         for layer in image.layers:
-            self._fill_layer(placed, layer)
+            index, target = self._place(layer)
+            by_target.setdefault(target, {})[index] = layer
+        for target, layers in by_target.items():
+            found = placed.targets[target]
+            a = self._stack(target, {index: self._read(item.a) for index, item in layers.items()})
+            b = self._stack(
+                target, {index: self._read(item.b).t() for index, item in layers.items()}
+            )
+            ratios = {index: item.scaling / found.scaling for index, item in layers.items()}
+            if set(ratios.values()) != {1.0}:  # a pattern gives some another than the first
+                factors = [ratios.get(index, 1.0) for index in range(len(b))]
+                b = b.float() * torch.tensor(factors, device=b.device)[:, None, None]
+            self._write(target, a, found.a)
+            self._write(target, b, found.b)
 
     def release(self, placed: Placed) -> None:
         self.pages.release(placed.rows())
@@ -173,37 +183,47 @@ class AdapterMemory:
         assert place is not None
         return place
 
-    def _fill_layer(self, placed: Placed, layer: LoraLayer) -> None:
-        index, target = self._place(layer)
-        found = placed.targets[target]
-        a, b = self._read(layer.a), self._read(layer.b).t()
-        if layer.scaling != found.scaling:  # a pattern gives this layer another than the first
-            b = b.float() * (layer.scaling / found.scaling)
-        for values, rows in ((a, found.a), (b, found.b)):
-            if target.is_outside:
-                self._write_spread(values, rows)
-            else:
-                self._write(index, values, rows)
+    def _stack(self, target: Target, tensors: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """[rank, elements] by layer -> [layers, rank, elements] on the device, 1 layer if outside.
 
-    def _write(self, layer: int, values: torch.Tensor, rows: Rows) -> None:
-        """values: [rank, elements], at most as many rows as were placed."""
-        count = len(values)
-        table = self.rows(layer, values.shape[1])
-        first = rows.starts[0]
-        size = self.page_elements
-        if rows.starts[:count] == tuple(range(first, first + count * rows.width, rows.width)):
-            room = self.layers[layer].as_strided(
-                tuple(values.shape),
-                (rows.width * size, 1),
-                self.layers[layer].storage_offset() + first * size,
-            )
-            room.copy_(values)
-            return
-        for start, row in zip(rows.starts, values, strict=False):
-            table[start].copy_(row)
+        A layer that lacks one, or has a lower rank than another, has zeros there.
+        """
+        num_layers = 1 if target.is_outside else len(self.layers)
+        ranks = {len(tensor) for tensor in tensors.values()}
+        if len(tensors) == num_layers and len(ranks) == 1:
+            ordered = [tensors[index] for index in sorted(tensors)]
+            if not ordered[0].is_contiguous():  # stacked as they lie, B is read in one go
+                turned = torch.stack([tensor.t() for tensor in ordered])
+                return turned.to(self.pool.device).transpose(1, 2)
+            return torch.stack(ordered).to(self.pool.device)
+        num_elements = next(iter(tensors.values())).shape[1]
+        shape = (num_layers, max(ranks), num_elements)
+        stacked = torch.zeros(shape, device=self.pool.device)
+        for index, tensor in tensors.items():
+            stacked[index, : len(tensor)].copy_(tensor)
+        return stacked
 
-    def _write_spread(self, values: torch.Tensor, rows: Rows) -> None:
-        piece = rows.width * self.page_elements
-        for start, row in zip(rows.starts, values, strict=False):
-            for table, part in zip(self.layers, row.split(piece), strict=False):
-                table[start : start + rows.width].view(-1)[: len(part)].copy_(part)
+    def _write(self, target: Target, values: torch.Tensor, rows: Rows) -> None:
+        """values: of `_stack`; the end of a row's last page becomes zero."""
+        width = rows.width * self.page_elements
+        if target.is_outside:
+            padding = len(self.layers) * width - values.shape[2]
+            padded = nn.functional.pad(values[0], (0, padding))
+            values = padded.unflatten(1, (-1, width)).transpose(0, 1)
+        num_elements = values.shape[2]
+        for begin, end in _runs(rows):
+            first = rows.starts[begin]
+            pages = self.pool[:, first : first + (end - begin) * rows.width]
+            room = pages.view(len(self.layers), end - begin, width)
+            room[:, :, :num_elements].copy_(values[:, begin:end])
+            room[:, :, num_elements:].zero_()
+
+
+def _runs(rows: Rows) -> Iterator[tuple[int, int]]:
+    """Which rows [begin, end) lie one behind the other."""
+    begin = 0
+    for index, (before, after) in enumerate(itertools.pairwise(rows.starts), start=1):
+        if after != before + rows.width:
+            yield begin, index
+            begin = index
+    yield begin, len(rows.starts)
