@@ -127,6 +127,12 @@ class Batcher:
         """The sequences of an adapter that do not run."""
         return [item for item in list(self._waiting) if item.adapter_id == adapter_id]
 
+    def computed_with(self, adapter_id: AdapterId) -> list[Sequence]:
+        """The sequences of an adapter that run or did before they were preempted."""
+        preempted = [item for item in self.waiting_for(adapter_id) if item.num_preemptions]
+        running = [item for item in self._running if item.adapter_id == adapter_id]
+        return running + preempted
+
     @property
     def waiting_adapters(self) -> set[AdapterId]:
         """The adapters of sequences that do not run."""

@@ -167,9 +167,15 @@ class Engine:
         """
         self._adapters.cache.put(image)
 
-    def drop_adapter(self, adapter_id: AdapterId) -> None:
-        """Forgets where an adapter's bytes are. What has been loaded of it stays usable."""
-        self._adapters.cache.drop(adapter_id)
+    def drop_adapter(self, adapter_id: AdapterId, *, is_damaged: bool = False) -> None:
+        """Forgets where an adapter's bytes are. As `add`, from any thread.
+
+        Args:
+            is_damaged: what has been loaded of it is not to be trusted. The next step ends the
+                sequences that were computed with it, and forgets what is cached of them.
+                Otherwise it stays usable.
+        """
+        self._adapters.cache.drop(adapter_id, is_damaged=is_damaged)
 
     @property
     def adapter_counts(self) -> collections.Counter[str]:
@@ -189,6 +195,7 @@ class Engine:
     def step(self) -> list[tuple[str, TokenOutput]]:
         """Computes one step and returns the tokens that it emitted, with their sequence ids."""
         self.reused, self.failed = {}, {}
+        self._end_damaged()
         segments = self._schedule()
         if not segments:
             return []
@@ -207,6 +214,19 @@ class Engine:
         drawn = sample(logits, draws)
         now = time.monotonic()
         return [self._emit(*pair, now) for pair in zip(sampling, drawn, strict=True)]
+
+    def _end_damaged(self) -> None:
+        """Ends what was computed with damaged adapters; whoever waits for one gets it anew."""
+        damaged = self._adapters.cache.take_damaged()
+        for adapter_id in damaged:
+            for sequence in self._batcher.computed_with(adapter_id):
+                self.failed[sequence.sequence_id] = UnavailableError(
+                    f"adapter {adapter_id} was damaged in memory while this request used it; its "
+                    "answer cannot be trusted: send the request again"
+                )
+                self._remove(sequence.sequence_id)
+        if damaged:
+            self.drop_cached()
 
     def _schedule(self) -> list[Segment]:
         """The segments of the next step, after ending what cannot get its adapter."""

@@ -10,7 +10,7 @@
 | opened     | notice         | Opened       | -                 |
 | failed     | notice         | ArrivalFailed| -                 |
 | adapter    | notice         | AdapterImage | -                 |
-| drop       | call           | AdapterId    | -                 |
+| drop       | call           | DropAdapter  | -                 |
 | stats      | call           | -            | WorkerStats       |
 A worker's first frame is the notice `ready` with a WorkerReady; it may send `lost`, a ModelLost.
 """
@@ -163,6 +163,18 @@ class AdapterImage:
 
     adapter_id: AdapterId
     layers: tuple[LoraLayer, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DropAdapter:
+    """The adapter's bytes in the arena may be read no more.
+
+    is_damaged: they were not what they should be, so what the worker has copied or computed from
+    them goes too. Sequences that run on the adapter end with an error.
+    """
+
+    adapter_id: AdapterId
+    is_damaged: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

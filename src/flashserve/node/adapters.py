@@ -1,8 +1,10 @@
 """The adapters that a node serves: declared, staged when they are asked for, told to workers.
 
 A worker reads an adapter's bytes in the arena when one of its sequences is to use it, so they stay
-there for as long as any worker has been told of them. Under pressure those that no request uses are
-taken back from the workers, the longest unused first. One that nobody asks for costs nothing.
+there for as long as any worker has been told of them. What it copies may outlive them, so when
+bytes turn out to be damaged, every worker that may have a copy is told. Under pressure those that
+no request uses are taken back from the workers, the longest unused first. One that nobody asks for
+costs nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from flashserve.errors import (
     ReplicaError,
     UnavailableError,
 )
-from flashserve.messages.work import AdapterFacts, AdapterImage
+from flashserve.messages.work import AdapterFacts, AdapterImage, DropAdapter
 from flashserve.node.client import AdapterResidence
 from flashserve.node.workers import Worker
 from flashserve.store.adapters.tier import AdapterLease, AdapterTier
@@ -45,6 +47,8 @@ class _Adapter:
     lease: AdapterLease | None = None
     image: AdapterImage | None = None
     told: set[Worker] = dataclasses.field(default_factory=set)
+    copied: set[Worker] = dataclasses.field(default_factory=set)
+    """Workers that may have a copy: told at any time since they loaded the model."""
     staging: asyncio.Task[None] | None = None
     is_retired: bool = False
 
@@ -125,6 +129,7 @@ class Adapters:
             user = worker()
             if user not in adapter.told:
                 adapter.told.add(user)
+                adapter.copied.add(user)
                 user.channel.notify("adapter", image)
             yield
         finally:
@@ -135,6 +140,7 @@ class Adapters:
         """The worker has died, or has given up the model and with it its adapters."""
         for adapter in list(self._adapters.values()):
             adapter.told.discard(worker)
+            adapter.copied.discard(worker)
             self._settle(adapter)
 
     async def residences(self) -> dict[AdapterId, AdapterResidence]:
@@ -219,7 +225,18 @@ class Adapters:
         """
         told, lease = adapter.told, adapter.lease
         adapter.told, adapter.lease, adapter.image = set(), None, None
-        await asyncio.gather(*(_drop(worker, adapter.spec.adapter_id) for worker in told))
+        await self._end_reads(told, lease, DropAdapter(adapter.spec.adapter_id))
+
+    async def _take_back_damaged(self, adapter: _Adapter) -> None:
+        """As `_take_back`, and whatever workers have copied at any time goes too."""
+        copied, lease = adapter.copied, adapter.lease
+        adapter.told, adapter.copied, adapter.lease, adapter.image = set(), set(), None, None
+        await self._end_reads(copied, lease, DropAdapter(adapter.spec.adapter_id, is_damaged=True))
+
+    async def _end_reads(
+        self, workers: set[Worker], lease: AdapterLease | None, order: DropAdapter
+    ) -> None:
+        await asyncio.gather(*(_drop(worker, order) for worker in workers))
         if lease is not None:
             lease.release()
 
@@ -231,8 +248,8 @@ class Adapters:
         """Who uses one next reads it anew, and so do the workers."""
         _log.error("adapter_damaged", error=message)
         for adapter in list(self._adapters.values()):
-            if adapter.spec.identity in identities and adapter.lease is not None:
-                self._start(self._take_back(adapter))
+            if adapter.spec.identity in identities and (adapter.lease or adapter.copied):
+                self._start(self._take_back_damaged(adapter))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(work)
@@ -246,10 +263,10 @@ class Adapters:
             task.exception()  # told to whoever waits, and logged
 
 
-async def _drop(worker: Worker, adapter_id: AdapterId) -> None:
+async def _drop(worker: Worker, order: DropAdapter) -> None:
     """Returns when the worker reads the adapter's bytes no more: it has said so, or it is dead."""
     try:
-        await worker.channel.call("drop", adapter_id, NoneType, timeout_s=_DROP_TIMEOUT_S)
+        await worker.channel.call("drop", order, NoneType, timeout_s=_DROP_TIMEOUT_S)
     except ReplicaError:
         await worker.wait_gone()
     except FlashServeError as error:

@@ -28,6 +28,7 @@ from flashserve.messages.work import (
     AdapterImage,
     ArrivalFailed,
     DescribeModel,
+    DropAdapter,
     GenerateJob,
     LoadModel,
     ModelLost,
@@ -40,7 +41,7 @@ from flashserve.messages.work import (
 )
 from flashserve.node.host import BatchingEngine, Host
 from flashserve.node.link import Link
-from flashserve.types import AdapterId, KVUsage, TokenOutput
+from flashserve.types import KVUsage, TokenOutput
 
 _log = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ class Serving:
                     self._refused[call_id] = _fault(frame, error)
             case Call(call_id, "drop", body):
                 try:
-                    self._drop_adapter(AdapterId(wire.unpack(body, str)))
+                    self._drop_adapter(wire.unpack(body, DropAdapter))
                 except Exception as error:
                     self._refused[call_id] = _fault(frame, error)
             case Notice("adapter", body):
@@ -204,10 +205,10 @@ class Serving:
         if (engine := self._host.engine) is not None:
             engine.put_adapter(image)
 
-    def _drop_adapter(self, adapter_id: AdapterId) -> None:
+    def _drop_adapter(self, order: DropAdapter) -> None:
         """Of a model that is gone, nothing is left to drop."""
         if (engine := self._host.engine) is not None:
-            engine.drop_adapter(adapter_id)
+            engine.drop_adapter(order.adapter_id, is_damaged=order.is_damaged)
 
     def _unload(self) -> UnloadReport:
         error = self._arrival_error or ReplicaError("the replica was stopped")

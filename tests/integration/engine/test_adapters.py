@@ -162,6 +162,58 @@ def test_two_versions_of_one_name_run_together() -> None:
     assert engine.counts["reused_tokens"] == 0
 
 
+def test_a_damaged_adapter_ends_what_it_computed_and_is_loaded_anew() -> None:
+    """The rest of the batch, and a sequence that has not begun, go on as if nothing had been."""
+    made = mixed("llama")
+    eight, four = made.image("eight"), made.image("four")
+    engine, arena = make_engine("llama", four, max_batch_sequences=2)
+    intact = dict(eight.tensors)
+    arena.tensors.update({name: tensor * 1.5 for name, tensor in intact.items()})
+    engine.put_adapter(eight.image)
+    prompt = prompt_of(20)
+    engine.add(job_of("damaged", eight.adapter_id, prompt, 12))
+    engine.add(job_of("other", four.adapter_id, prompt, 12))
+    engine.add(job_of("waits", eight.adapter_id, prompt, 12))
+    found = [output.token_id for _ in range(3) for name, output in engine.step() if name == "other"]
+    engine.drop_adapter(eight.adapter_id, is_damaged=True)
+    assert eight.adapter_id in engine.resident_adapters
+    arena.tensors.update(intact)
+    engine.put_adapter(eight.image)
+    outputs = engine.step()
+    assert list(engine.failed) == ["damaged"]
+    assert isinstance(engine.failed["damaged"], UnavailableError)
+    assert "eight@1 was damaged" in str(engine.failed["damaged"])
+    tokens: dict[str, list[int]] = {"other": found}
+    while True:
+        for name, output in outputs:
+            tokens.setdefault(name, []).append(output.token_id)
+        if not engine.has_work:
+            break
+        outputs = engine.step()
+    assert tokens == {
+        "other": made.generate("four", prompt, 12),
+        "waits": made.generate("eight", prompt, 12),
+    }
+    assert engine.adapter_counts["loads"] == 3
+
+
+def test_a_damaged_adapter_that_nobody_uses_leaves_nothing_behind() -> None:
+    made = mixed("llama")
+    eight = made.image("eight")
+    engine, arena = make_engine("llama", eight)
+    prompt = prompt_of(20)
+    engine.add(job_of("before", eight.adapter_id, prompt, 4))
+    run(engine)
+    engine.drop_adapter(eight.adapter_id, is_damaged=True)
+    assert engine.resident_adapters == ()
+    with pytest.raises(InputError, match="not told"):
+        engine.add(job_of("x", eight.adapter_id, prompt, 4))
+    put(engine, arena, eight)
+    engine.add(job_of("after", eight.adapter_id, prompt, 4))
+    assert run(engine)["after"] == made.generate("eight", prompt, 4)
+    assert engine.counts["reused_tokens"] == 0
+
+
 def test_another_engine_goes_on_where_a_lost_one_stopped() -> None:
     made = mixed("qwen2")
     prompt = prompt_of(23)

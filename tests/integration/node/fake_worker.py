@@ -82,8 +82,8 @@ class FakeEngine:
     def put_adapter(self, image: AdapterImage) -> None:
         print(f"has {image.adapter_id}", flush=True)
 
-    def drop_adapter(self, adapter_id: AdapterId) -> None:
-        print(f"drops {adapter_id}", flush=True)
+    def drop_adapter(self, adapter_id: AdapterId, *, is_damaged: bool = False) -> None:
+        print(f"drops {'damaged ' * is_damaged}{adapter_id}", flush=True)
 
     def abort(self, sequence_id: str) -> None:
         self._left.pop(sequence_id, None)

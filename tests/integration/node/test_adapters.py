@@ -27,7 +27,7 @@ from flashserve.errors import (
     ReplicaError,
     UnavailableError,
 )
-from flashserve.messages.work import AdapterImage
+from flashserve.messages.work import AdapterImage, DropAdapter
 from flashserve.node.adapters import Adapters
 from flashserve.store.store import Store
 from flashserve.types import AdapterId, AdapterSpec, ModelId, ModelSpec, Tier
@@ -47,6 +47,7 @@ class FakeWorker:
         self.process = self
         self.known: dict[AdapterId, AdapterImage] = {}
         self.dropped: list[AdapterId] = []
+        self.damaged: list[AdapterId] = []
         self.error: Exception | None = None
         self.may_answer = asyncio.Event()
         self.may_answer.set()
@@ -56,13 +57,13 @@ class FakeWorker:
         assert method == "adapter"
         self.known[image.adapter_id] = image
 
-    async def call(self, method: str, body: AdapterId, kind: object, timeout_s: float) -> None:
+    async def call(self, method: str, body: DropAdapter, kind: object, timeout_s: float) -> None:
         assert method == "drop"
         await self.may_answer.wait()
         if self.error:
             raise self.error
-        self.known.pop(body, None)
-        self.dropped.append(body)
+        self.known.pop(body.adapter_id, None)
+        (self.damaged if body.is_damaged else self.dropped).append(body.adapter_id)
 
     async def wait_gone(self) -> None: ...
 
@@ -352,10 +353,33 @@ def test_damaged_bytes_are_read_anew_for_the_next_request(tmp_path: Path) -> Non
                 image = d.store.adapters._shelf.whole(ModelId(spec.identity))
                 with pytest.raises(CheckpointError):
                     d.store.adapters._guard.verify(image)
-                await d.until(lambda: d.worker.dropped)
+                await d.until(lambda: d.worker.damaged)
+            assert d.worker.dropped == []
             await d.used(spec)
             assert d.worker.known[spec.adapter_id].layers
             d.store.adapters._guard.verify(d.store.adapters._shelf.whole(ModelId(spec.identity)))
+
+    run(check())
+
+
+def test_who_copied_bytes_before_they_were_found_damaged_is_told_also_after_a_drop(
+    tmp_path: Path,
+) -> None:
+    async def check() -> None:
+        async with desk(tmp_path) as d:
+            spec, large = await d.register("a"), await d.register("b", 1900)
+            await d.used(spec)
+            assert d.worker.known
+            await d.adapters._take_back(d.adapters._adapters[spec.adapter_id])
+            gone, d.worker = d.worker, FakeWorker()
+            await d.used(large)
+            d.adapters._damaged((spec.identity,), "damaged")
+            await d.until(lambda: not d.adapters._tasks)
+            assert (gone.dropped, gone.damaged) == ([spec.adapter_id], [spec.adapter_id])
+            assert (d.worker.dropped, d.worker.damaged) == ([], [])
+            d.adapters._damaged((spec.identity,), "damaged")  # told once
+            await d.until(lambda: not d.adapters._tasks)
+            assert len(gone.damaged) == 1
 
     run(check())
 

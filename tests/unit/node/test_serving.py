@@ -21,6 +21,7 @@ from flashserve.messages.wire import Call, Cancel, Credit, End, Fault, Frame, It
 from flashserve.messages.work import (
     AdapterImage,
     DescribeModel,
+    DropAdapter,
     GenerateJob,
     LoadModel,
     LoadReport,
@@ -73,6 +74,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.adapters: list[str] = []
+        self.damaged: list[str] = []
         self.failed: dict[str, FlashServeError] = {}
         self.jobs: dict[str, list[int]] = {}
         self.fails_at_step = -1
@@ -101,10 +103,12 @@ class Engine:
     def put_adapter(self, image: AdapterImage) -> None:
         self.adapters.append(image.adapter_id)
 
-    def drop_adapter(self, adapter_id: AdapterId) -> None:
+    def drop_adapter(self, adapter_id: AdapterId, *, is_damaged: bool = False) -> None:
         if adapter_id not in self.adapters:
             raise RuntimeError("cannot drop")
         self.adapters.remove(adapter_id)
+        if is_damaged:
+            self.damaged.append(adapter_id)
 
     def abort(self, sequence_id: str) -> None:
         if self.is_broken:
@@ -284,7 +288,7 @@ def put(adapter: str) -> Notice:
 
 
 def test_an_adapter_is_known_from_its_notice_to_its_drop() -> None:
-    drop = Call(2, "drop", wire.pack(AdapterId("x@1")))
+    drop = Call(2, "drop", wire.pack(DropAdapter(AdapterId("x@1"))))
     # In the order of the frames, also where several come at once.
     turn = [adapted(1, "x@1"), put("x@1"), adapted(3, "x@1"), drop, adapted(4, "x@1")]
     link = serve(Host(Engine()), turn, [], [put("x@1"), adapted(5, "x@1")], [])
@@ -296,9 +300,17 @@ def test_an_adapter_is_known_from_its_notice_to_its_drop() -> None:
 
 
 def test_a_drop_that_fails_is_a_fault_and_one_without_a_model_is_answered() -> None:
-    drop = Call(1, "drop", wire.pack(AdapterId("x@1")))
+    drop = Call(1, "drop", wire.pack(DropAdapter(AdapterId("x@1"))))
     assert isinstance(serve(Host(Engine()), [drop]).sent[-1], Fault)
     assert serve(Host(), [put("x@1"), drop]).sent[-1] == Reply(1, wire.pack(None))
+
+
+def test_the_engine_hears_whether_a_dropped_adapter_was_damaged() -> None:
+    engine = Engine()
+    for call_id, is_damaged in enumerate((False, True)):
+        drop = Call(call_id, "drop", wire.pack(DropAdapter(AdapterId("x@1"), is_damaged)))
+        assert serve(Host(engine), [put("x@1"), drop]).sent[-1] == Reply(call_id, wire.pack(None))
+        assert bool(engine.damaged) == is_damaged
 
 
 def test_a_sequence_that_lost_its_adapter_ends_alone() -> None:

@@ -1,8 +1,8 @@
 """Which adapters are in the device's memory: loaded ahead, pinned while in use, evicted by age.
 
 An adapter is known from `put` to `drop`: its bytes lie in the arena for so long. One that is
-resident has its own copy in pages, which outlives a drop. Pages of pinned adapters are never
-touched; of the others, those used least recently give way.
+resident has its own copy in pages, which outlives a drop, unless the bytes were damaged. Pages of
+pinned adapters are never touched; of the others, those used least recently give way.
 
 The engine's thread pins and unpins. `put`, `check`, `want` and `prefetch` may come from another
 one, also during a step, and a load copies without keeping anyone from the bookkeeping.
@@ -27,6 +27,8 @@ class _Resident:
     placed: Placed
     num_pins: int = 0
     is_loading: bool = True
+    is_damaged: bool = False
+    """Leaves with its last pin, and gets no further one."""
 
 
 class AdapterCache:
@@ -51,6 +53,7 @@ class AdapterCache:
         self._refused: dict[AdapterId, FlashServeError] = {}
         self._resident: collections.OrderedDict[AdapterId, _Resident] = collections.OrderedDict()
         self._wanted: collections.Counter[AdapterId] = collections.Counter()
+        self._damaged: set[AdapterId] = set()
         self._changed = threading.Condition()
         self.counts: collections.Counter[str] = collections.Counter()
         """Since the start: loads, evictions, and pins of adapters that were resident (hits)."""
@@ -68,12 +71,27 @@ class AdapterCache:
             if error is not None:
                 self._refused[image.adapter_id] = error
 
-    def drop(self, adapter_id: AdapterId) -> None:
-        """The adapter's bytes in the arena may go; waits for a load that still reads them."""
+    def drop(self, adapter_id: AdapterId, *, is_damaged: bool = False) -> None:
+        """The adapter's bytes in the arena may go; waits for a load that still reads them.
+
+        Args:
+            is_damaged: its pages go too, those that are pinned when they are no more.
+        """
         with self._changed:
             self._changed.wait_for(lambda: not self._is_loading(adapter_id))
             self._known.pop(adapter_id, None)
             self._refused.pop(adapter_id, None)
+            if is_damaged:
+                self._damaged.add(adapter_id)
+                if (found := self._resident.get(adapter_id)) is not None:
+                    found.is_damaged = True
+                    self._evict_damaged(adapter_id, found)
+
+    def take_damaged(self) -> set[AdapterId]:
+        """The adapters that were dropped as damaged since the last call."""
+        with self._changed:
+            damaged, self._damaged = self._damaged, set()
+            return damaged
 
     def check(self, adapter_id: AdapterId) -> None:
         """Raises:
@@ -84,7 +102,7 @@ class AdapterCache:
         with self._changed:
             if error := self._refused.get(adapter_id):
                 raise type(error)(error.message)
-            if adapter_id in self._resident:
+            if (found := self._resident.get(adapter_id)) is not None and not found.is_damaged:
                 return
             if (image := self._known.get(adapter_id)) is None:
                 raise InputError(f"the replica was not told of adapter {adapter_id}")
@@ -122,7 +140,7 @@ class AdapterCache:
             return False
         with self._changed:
             found = self._resident.get(adapter_id)
-            if found is None or found.is_loading:
+            if found is None or found.is_loading or found.is_damaged:
                 return False
             self._resident.move_to_end(adapter_id)
             found.num_pins += 1
@@ -134,6 +152,7 @@ class AdapterCache:
             found = self._resident[adapter_id]
             assert found.num_pins > 0
             found.num_pins -= 1
+            self._evict_damaged(adapter_id, found)
 
     def placed(self, adapter_id: AdapterId) -> Placed:
         """Where a pinned adapter is."""
@@ -221,6 +240,11 @@ class AdapterCache:
         gone = self._resident.pop(adapter_id)
         memory.release(gone.placed)
         self.counts["evictions"] += 1
+
+    def _evict_damaged(self, adapter_id: AdapterId, item: _Resident) -> None:
+        if item.is_damaged and not item.num_pins:
+            assert self._memory is not None
+            self._evict(self._memory, adapter_id)
 
     def _load(self, image: AdapterImage, placed: Placed) -> bool:
         """Copies the bytes; false if that failed, which its sequences hear from `failure`."""
