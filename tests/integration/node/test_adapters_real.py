@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from tests.integration.node.nodes import MIB, job, make_settings, run, running_n
 from tests.integration.node.tiny import Tiny, make_tiny
 from transformers import LlamaForCausalLM
 
+from flashserve.messages.events import ReplicaStopped
+from flashserve.messages.work import LoadReport
+from flashserve.node.channel import Channel
 from flashserve.node.process import WORKER_COMMAND
 from flashserve.types import AdapterId, AdapterSpec
 
@@ -83,5 +87,48 @@ def test_adapters_of_two_ranks_and_the_base_in_one_batch(tmp_path: Path) -> None
             bench.node.retire_adapter(AdapterId("small@1"))
             assert await answer("large", 9) == expected["large"]
             assert AdapterId("small@1") not in (await bench.node.stats()).adapters
+
+    run(check())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_answers_as_before_after_its_replica_has_slept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = make_tiny(tmp_path, "tiny")
+    expected = train(tiny, tmp_path / "tuned", 8, 3)
+    assert expected != tiny.greedy(PROMPT, NUM_TOKENS)
+    reports: list[LoadReport] = []
+    call = Channel.call
+
+    async def noting(self: Channel, *args: Any, **options: Any) -> Any:
+        answer = await call(self, *args, **options)
+        if isinstance(answer, LoadReport):
+            reports.append(answer)
+        return answer
+
+    monkeypatch.setattr(Channel, "call", noting)
+
+    async def check() -> None:
+        settings = make_settings(tmp_path / "data", 1, 16 * MIB, 2 * MIB, kv_bytes=4 * MIB)
+        async with running_node("unix", settings, WORKER_COMMAND) as bench:
+            source = str(tmp_path / "tuned")
+            await bench.started("r0", tiny.spec)
+            facts = await bench.node.describe_adapter(source, tiny.spec)
+            spec = AdapterSpec(
+                "tuned", 1, tiny.spec.model_id, source, facts.size_bytes, facts.identity
+            )
+            bench.node.declare_adapter(spec)
+            for turn in range(3):
+                if turn:
+                    await bench.started(f"r{turn}", tiny.spec)
+                plain = job(f"s{turn}", NUM_TOKENS, prompt=PROMPT)
+                wanted = dataclasses.replace(
+                    plain, adapter_id=spec.adapter_id, salt=spec.adapter_id
+                )
+                assert await bench.tokens(f"r{turn}", wanted) == expected
+                bench.stop(f"r{turn}", tiny.spec)
+                await bench.events.next(ReplicaStopped, replica_id=f"r{turn}")
+        assert [report.was_asleep for report in reports] == [False, True, True]
 
     run(check())
