@@ -1,8 +1,8 @@
 """Who gets which adapter's update in one step: built once for a composition, used in every layer.
 
 The rows of a step are sorted: those of the base model, then those of adapters with few rows, then
-each adapter that has many. While a batch decodes, its composition stays the same from step to
-step, and so does all that is built here.
+each adapter that has many; on CUDA, the same kernels serve both. While a batch decodes, its
+composition stays the same from step to step, and so does all that is built here.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from flashserve.engine.lora.kernels import Bags, Run, RunPart, add_bags, add_run
 from flashserve.engine.lora.memory import AdapterMemory, Placed
+from flashserve.engine.lora.segments import Segments, Span, add_all, build_segments, has_kernels
 from flashserve.engine.lora.targets import Target
 
 Group: TypeAlias = tuple[Target, ...]
@@ -44,15 +45,6 @@ class _OwnRows:
     lengths: torch.Tensor
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Span:
-    """Rows [begin, end) are of one adapter."""
-
-    placed: Placed
-    begin: int
-    end: int
-
-
 class LoraStep:
     """The updates of one step. Every `add` is in place, and does nothing where none is due."""
 
@@ -61,14 +53,16 @@ class LoraStep:
         memory: AdapterMemory,
         bags: Sequence[Bags | None],
         runs: Sequence[Sequence[Run]],
-        spans: Sequence[_Span],
-        sampled: Sequence[_Span],
+        segments: Sequence[Sequence[Segments | None]],
+        spans: Sequence[Span],
+        sampled: Sequence[Span],
         embedding: Target,
         head: Target,
     ) -> None:
         self._memory = memory
         self._bags = bags
         self._runs = runs
+        self._segments = segments
         self._spans = spans
         self._sampled = sampled
         self._embedding = embedding
@@ -85,6 +79,8 @@ class LoraStep:
             add_bags(self._memory, layer, bags, x, outs)
         for run in self._runs[group]:
             add_run(self._memory, layer, run, x, outs)
+        if segments := self._segments[group]:
+            add_all(self._memory, layer, segments, x, outs)
 
     def add_embedding(self, ids: torch.Tensor, hidden: torch.Tensor, scale: float = 1.0) -> None:
         """Args: ids: [T]; hidden: [T, hidden_size], their embeddings, times `scale`."""
@@ -112,6 +108,8 @@ class Composer:
         groups: the layers of a decoder layer, as the forward computes them.
         min_rows: above 1, each part of a step is computed by itself, with at least so many rows,
             so that no result depends on what else is there.
+        use_triton: compute with triton_kernels.py, whose results never depend on what else is
+            there; otherwise only where the adapters lie on a CUDA device.
     """
 
     def __init__(
@@ -122,12 +120,14 @@ class Composer:
         head: Target,
         *,
         min_rows: int = 1,
+        use_triton: bool = False,
     ) -> None:
         self._memory = memory
         self._groups = groups
         self._embedding = embedding
         self._head = head
         self._min_rows = min_rows
+        self._use_triton = use_triton or (memory.pool.is_cuda and has_kernels())
         self._own: weakref.WeakKeyDictionary[Placed, list[_OwnRows]] = weakref.WeakKeyDictionary()
         self._kept: collections.OrderedDict[object, LoraStep] = collections.OrderedDict()
 
@@ -168,6 +168,8 @@ class Composer:
 
     def _build(self, parts: Sequence[Owned], sampled: Sequence[Owned]) -> LoraStep:
         spans = _spans(parts)
+        if self._use_triton:
+            return self._build_segments(spans, sampled)
         runs = [span for span in spans if self._is_run(span.end - span.begin)]
         few = [span for span in spans if not self._is_run(span.end - span.begin)]
         if self._min_rows > 1:
@@ -179,13 +181,26 @@ class Composer:
                 [run for span in runs if (run := self._run(group, span)) is not None]
                 for group in self._groups
             ],
+            [()] * len(self._groups),
             spans,
             _spans(sampled),
             self._embedding,
             self._head,
         )
 
-    def _bags(self, group: int, spans: Sequence[_Span]) -> Bags | None:
+    def _build_segments(self, spans: Sequence[Span], sampled: Sequence[Owned]) -> LoraStep:
+        return LoraStep(
+            self._memory,
+            [None] * len(self._groups),
+            [()] * len(self._groups),
+            [build_segments(self._memory, group, spans) for group in self._groups],
+            spans,
+            _spans(sampled),
+            self._embedding,
+            self._head,
+        )
+
+    def _bags(self, group: int, spans: Sequence[Span]) -> Bags | None:
         own = [self._own_rows(span.placed)[group] for span in spans]
         if not any(len(item.a_starts) for item in own):
             return None
@@ -229,7 +244,7 @@ class Composer:
         is_wide = self._memory.pool.dtype == torch.float32
         return is_wide and num_adapters > 1 and num_rows <= _FEW_ROWS_EACH * num_adapters
 
-    def _run(self, group: Group, span: _Span) -> Run | None:
+    def _run(self, group: Group, span: Span) -> Run | None:
         parts: list[RunPart] = []
         starts: list[int] = []
         for index, target in enumerate(group):
@@ -274,7 +289,9 @@ class Composer:
         return _OwnRows(
             a_starts=self._tensor(starts),
             columns=self._tensor(columns),
-            scales=torch.tensor(scales, dtype=self._memory.pool.dtype),
+            scales=torch.tensor(
+                scales, dtype=self._memory.pool.dtype, device=self._memory.pool.device
+            ),
             pages=self._tensor(pages),
             lengths=self._tensor(lengths),
         )
@@ -291,16 +308,16 @@ def _key(parts: Sequence[Owned]) -> tuple[tuple[int, int], ...]:
     return tuple((_serial(placed), count) for placed, count in parts)
 
 
-def _spans(parts: Sequence[Owned], *, join: bool = True) -> list[_Span]:
+def _spans(parts: Sequence[Owned], *, join: bool = True) -> list[Span]:
     """Rows of each adapter; its parts are neighbours, and are one span if they are to be joined."""
-    spans: list[_Span] = []
+    spans: list[Span] = []
     row = 0
     for placed, count in parts:
         if placed is not None:
             if join and spans and spans[-1].placed is placed:
                 spans[-1] = dataclasses.replace(spans[-1], end=row + count)
             else:
-                spans.append(_Span(placed, row, row + count))
+                spans.append(Span(placed, row, row + count))
         row += count
     return spans
 

@@ -1,7 +1,7 @@
 """Segmented products with paged adapters on CUDA: shrink (x A^T) and expand (y B^T, added).
 
-Compared with the reference through Triton's interpreter only: no CUDA machine has run them, and
-nothing calls them yet. On an accelerator the embedding bags of kernels.py serve for now.
+batch.py chooses them where the adapters' memory lies on a CUDA device. They have been compared with
+the reference through Triton's interpreter only: no CUDA machine has run them yet.
 
 Rows of a batch are sorted by slot, and slot i owns rows [seg[i], seg[i + 1]). The launch grid
 depends on the largest batch and the number of slots alone, and all else is read from tensors of
@@ -11,33 +11,15 @@ outside of its slot's rows ends at once. One shape of tile serves prefill and de
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import triton
 import triton.language as tl
 
+from flashserve.engine.lora.segments import Segments
+
 _ROWS = 16  # tl.dot takes no fewer
 _FEATURES = 64
 _RANKS = 16
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Segments:
-    """Which rows are whose, and where the matrices of one linear layer lie in a layer's memory.
-
-    seg: [slots + 1] int32, ends of empty slots repeated.
-    ranks: [slots] int32; 0 where an adapter leaves the layer alone.
-    a_offsets: [slots, in_features] int64, where each row of A transposed begins, in elements.
-    b_offsets: [slots, max_rank] int64, where each row of B transposed begins.
-    scales: [slots] float32.
-    """
-
-    seg: torch.Tensor
-    ranks: torch.Tensor
-    a_offsets: torch.Tensor
-    b_offsets: torch.Tensor
-    scales: torch.Tensor
 
 
 def add_segments(
@@ -47,7 +29,7 @@ def add_segments(
 
     Args:
         table: one layer's memory, flat.
-        x: [T, in_features].
+        x: [T, in_features]. As those of `out`, the elements of a row are neighbours.
     """
     num_rows, in_features = x.shape
     num_slots, max_rank = segments.b_offsets.shape
@@ -63,6 +45,7 @@ def add_segments(
         segments.a_offsets,
         products,
         products.stride(0),
+        max_rank,
         in_features,
         ROWS=_ROWS,
         FEATURES=_FEATURES,
@@ -96,6 +79,7 @@ def _shrink(  # type: ignore[no-untyped-def] # noqa: ANN202
     a_offsets,  # noqa: ANN001
     products,  # noqa: ANN001
     products_stride,  # noqa: ANN001
+    max_rank: tl.constexpr,
     in_features: tl.constexpr,
     ROWS: tl.constexpr,  # noqa: N803
     FEATURES: tl.constexpr,  # noqa: N803
@@ -109,6 +93,7 @@ def _shrink(  # type: ignore[no-untyped-def] # noqa: ANN202
     if (begin < end) & (first < rank):
         rows = begin + tl.arange(0, ROWS)
         columns = first + tl.arange(0, RANKS)
+        offsets = tl.load(a_offsets + slot * max_rank + columns, mask=columns < rank, other=0)
         total = tl.zeros((ROWS, RANKS), dtype=tl.float32)
         for start in range(0, in_features, FEATURES):
             features = start + tl.arange(0, FEATURES)
@@ -118,9 +103,8 @@ def _shrink(  # type: ignore[no-untyped-def] # noqa: ANN202
                 mask=(rows[:, None] < end) & there[None, :],
                 other=0.0,
             )
-            offsets = tl.load(a_offsets + slot * in_features + features, mask=there, other=0)
             right = tl.load(
-                table + offsets[:, None] + columns[None, :],
+                table + offsets[None, :] + features[:, None],
                 mask=there[:, None] & (columns[None, :] < rank),
                 other=0.0,
             )
