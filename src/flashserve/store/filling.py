@@ -67,7 +67,9 @@ class Filler:
         self._mender = Mender(shelf, origins, settings, left_disk)
 
     def close(self) -> None:
-        """Writes no more; call it when no fill runs any more."""
+        """Ends reads under way, lets the shelf begin no other, and writes no more."""
+        for fill in self._shelf.close():
+            fill.ended.wait()
         self._keeper.close()
         self._mender.close()
 
@@ -102,11 +104,17 @@ class Filler:
                 self._origins.fetch(origin, incoming, stopping, transfer)
         return sum(file.num_bytes for file in origin.listing.files)
 
-    def wait_written(self, files: Iterable[FileImage]) -> None:
-        """Returns when nothing is done to the copies of any of the files on disk."""
+    def wait_left(self, files: Iterable[FileImage]) -> None:
+        """Returns when nobody reads or writes any more what was evicted: reads that were stopped
+        with it have ended, and nothing is done to the copies of the files on disk.
+        """
         wanted = set(files)
+        for fill in self._shelf.fills(wanted):
+            if fill.stopping.is_set():
+                fill.ended.wait()
         self._keeper.wait(wanted)
         self._mender.wait(wanted)
+        self._shelf.wait_unpinned(wanted)
 
     def _run(self, fill: Fill) -> None:
         copy = None

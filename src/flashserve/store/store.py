@@ -107,8 +107,6 @@ class Store:
     def close(self) -> None:
         """Ends reads under way, then gives all memory, threads and descriptors back."""
         self._stopping.set()
-        for fill in self._shelf.close():
-            fill.ended.wait()
         self._filler.close()
         self._proof.close()
         self._guard.close()
@@ -227,11 +225,7 @@ class Store:
         if tier > Tier.DRAM:
             return 0
         files = self._shelf.evict(model_id)
-        for fill in self._shelf.fills(files):
-            if fill.stopping.is_set():
-                fill.ended.wait()
-        self._filler.wait_written(files)
-        self._shelf.wait_unpinned(files)
+        self._filler.wait_left(files)
         if tier <= Tier.DISK:
             self._evict_from_disk(model_id)
         gone = (file for file in files if file.extent.state is ExtentState.FREED)

@@ -95,8 +95,6 @@ class AdapterTier:
 
     def close(self) -> None:
         """Ends reads under way, and the threads."""
-        for fill in self._shelf.close():
-            fill.ended.wait()
         self._filler.close()
         self._proof.close()
         self._guard.close()
@@ -222,11 +220,7 @@ class AdapterTier:
                 files = self._shelf.evict(key)
                 with self._lock:
                     self._entries.pop(key, None)
-                for fill in self._shelf.fills(files):
-                    if fill.stopping.is_set():
-                        fill.ended.wait()
-                self._filler.wait_written(files)
-                self._shelf.wait_unpinned(files)
+                self._filler.wait_left(files)
                 return True
         return False
 
