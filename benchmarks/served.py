@@ -45,6 +45,7 @@ def node_with(directory: pathlib.Path, arena_bytes: int) -> Iterator[dict[str, s
     with running_server(
         NODE__NUM_WORKERS="1",
         NODE__DRAM_BYTES=str(arena_bytes),
+        NODE__ADAPTER_BYTES="0",
         STORE__SCRUB_BYTES_PER_S="0",
     ) as server:
         deploy(server, "bench", directory, keep_alive_s=0)
@@ -63,6 +64,7 @@ def measure_overlap(
     for rate in RATES:
         with running_server(
             NODE__DRAM_BYTES=str(arena_bytes),
+            NODE__ADAPTER_BYTES="0",
             STORE__DISK_BYTES_PER_S=str(rate),
             STORE__SCRUB_BYTES_PER_S="0",
         ) as server:
@@ -108,6 +110,7 @@ def measure_replica_memory(
         with running_server(
             NODE__NUM_WORKERS="3",
             NODE__DRAM_BYTES=str(arena_bytes),
+            NODE__ADAPTER_BYTES="0",
             STORE__SCRUB_BYTES_PER_S="0",
             ENGINE__KV_BYTES=_SMALL_KV,
         ) as server:

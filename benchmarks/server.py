@@ -72,7 +72,9 @@ def _wait_until_listening(process: subprocess.Popen[str]) -> str:
 
 def deploy(server: Server, name: str, source: pathlib.Path | str, keep_alive_s: float) -> None:
     body = {"name": name, "source": str(source), "keep_alive_s": keep_alive_s}
-    server.admin.post("/admin/v1/models", json=body).raise_for_status()
+    response = server.admin.post("/admin/v1/models", json=body)
+    if response.is_error:
+        raise SystemExit(f"{name} was not deployed: {response.text}")
 
 
 def wait_for_state(
