@@ -58,6 +58,37 @@ class Phases:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Scaling:
+    """How many replicas a model may have.
+
+    min_replicas are kept ready whatever comes; max_replicas: None follows the server. target:
+    requests at once that one replica is meant to serve; None is as many as it can.
+    """
+
+    min_replicas: int = 0
+    max_replicas: int | None = None
+    target: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SeriesForecast:
+    """What may arrive for a model, or for MODEL:ADAPTER, from `made_at` on (controller time).
+
+    All by lead, ascending in leads_s: p_arrival is P(at least one arrival within the lead), mean
+    and upper the expected count and its 90 % quantile.
+    """
+
+    series: ModelId
+    made_at: float
+    leads_s: tuple[float, ...]
+    p_arrival: tuple[float, ...]
+    mean: tuple[float, ...]
+    upper: tuple[float, ...]
+    source: str = ""
+    """Which forecaster said it, and why that one."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class ModelSpec:
     """A deployed model, as the controller and the nodes know it."""
 
@@ -71,6 +102,7 @@ class ModelSpec:
     architecture: str = ""
     context_tokens: int = 0
     has_chat_template: bool = False
+    scaling: Scaling = Scaling()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

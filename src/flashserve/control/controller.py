@@ -6,17 +6,19 @@ import dataclasses
 from typing import assert_never
 
 from flashserve.config import PolicySettings
-from flashserve.control import membership, memory, replicas, requests, slots
+from flashserve.control import membership, memory, replicas, requests, scaling, slots
 from flashserve.control.records import Model, Status
 from flashserve.control.state import State
 from flashserve.control.timers import Timer, TimerKind
 from flashserve.errors import ModelNotFoundError
 from flashserve.messages.commands import Command
 from flashserve.messages.events import (
+    BoundsChanged,
     DrainStarted,
     Event,
     Evicted,
     EvictRequested,
+    ForecastReady,
     ModelDeleted,
     ModelDeployed,
     NodeJoined,
@@ -110,6 +112,10 @@ class Controller:
                 return membership.node_lost(state, event, now)
             case WorkersChanged():
                 return membership.workers_changed(state, event)
+            case ForecastReady():
+                return scaling.forecast_ready(state, event)
+            case BoundsChanged():
+                return scaling.bounds_changed(state, event)
             case DrainStarted():
                 return membership.drain_started(state)
             case Tick():

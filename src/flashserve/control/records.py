@@ -18,6 +18,7 @@ from flashserve.types import (
     Phases,
     ReplicaId,
     RequestId,
+    SeriesForecast,
     Tier,
 )
 
@@ -98,6 +99,8 @@ class Model:
     last_used_at: float | None = None
     reason: str = ""
     failure: Failure | None = None
+    forecast: SeriesForecast | None = None
+    """The newest; whether it is too old is for who reads it."""
     memory_failures: int = 0
     shunned: dict[NodeId, None] = dataclasses.field(default_factory=dict)
     """Nodes that just had no memory for it; cleared when anything changes or at retry_at."""

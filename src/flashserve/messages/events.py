@@ -12,6 +12,8 @@ from flashserve.types import (
     Phases,
     ReplicaId,
     RequestId,
+    Scaling,
+    SeriesForecast,
     Tier,
 )
 
@@ -54,6 +56,12 @@ class RequestArrived:
     num_prompt_tokens: int = 0
     deadline_s: float | None = None
     """Seconds from now in which the request must be dispatched; None follows the server."""
+    adapter: str = ""
+    """The adapter's name, if it asks for one; replicas that hold it answer sooner."""
+    tenant: str = ""
+    """Whose request it is, for fair shares; all without a name are one tenant."""
+    prefix: int | None = None
+    """Equal for prompts that begin alike; replicas that computed one before answer sooner."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -147,6 +155,21 @@ class Evicted:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class ForecastReady:
+    """Forecasts of some series, each newer than the last one of the same series."""
+
+    forecasts: tuple[SeriesForecast, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BoundsChanged:
+    """A model's bounds are others from now on: set by somebody, or by its schedule."""
+
+    model_id: ModelId
+    scaling: Scaling
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class DrainStarted:
     """The server is to stop: no new work is accepted, running work may finish."""
 
@@ -176,6 +199,8 @@ Event = (
     | RequestFinished
     | StageRequested
     | EvictRequested
+    | ForecastReady
+    | BoundsChanged
     | DrainStarted
     | Tick
 )

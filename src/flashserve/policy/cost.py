@@ -34,6 +34,27 @@ class Costs:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Prices:
+    """What things cost, in one currency.
+
+    gpu_per_s: of one worker's accelerator (on a CPU: of a worker's cores) for a second;
+    dram_gb_per_s and disk_gb_per_s: of 10^9 bytes for a second; wait_per_s: of a second that a
+    request waits for a start; slo_miss: of a first token that comes later than slo_s.
+    """
+
+    gpu_per_s: float = 3.0 / 3600
+    dram_gb_per_s: float = 0.003 / 3600
+    disk_gb_per_s: float = 0.0001 / 3600
+    wait_per_s: float = 0.005
+    slo_miss: float = 0.02
+    slo_s: float = 1.0
+
+    def cold_start(self, startup_s: float) -> float:
+        """What one request's wait for a start costs."""
+        return self.wait_per_s * startup_s + (self.slo_miss if startup_s > self.slo_s else 0.0)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Rates:
     """Bytes per second at which they leave each tier, measured ahead; None where nobody did."""
 
