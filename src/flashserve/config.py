@@ -194,6 +194,9 @@ class PolicySettings(_Section):
     slot_patience_s: float = Field(10.0, ge=0)
     """A model that has waited so long for a slot gets the next one: the replica that has been
     busy longest takes no further requests and stops when its running ones are done."""
+    max_replicas: PositiveInt | None = None
+    """Most replicas of a model that has no bound of its own; None is one on a processor, and as
+    many as there are workers on accelerators."""
     failure_backoff_s: float = Field(5.0, ge=0)
     """After a failed start, requests get the same error for so long before another is tried."""
 

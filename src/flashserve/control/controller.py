@@ -35,7 +35,9 @@ from flashserve.messages.events import (
     Tick,
     WorkersChanged,
 )
-from flashserve.policy.cost import UNMEASURED, Rates
+from flashserve.policy.baselines import FixedKeepAlive
+from flashserve.policy.cost import UNMEASURED, Prices, Rates
+from flashserve.policy.plans import Policy
 from flashserve.types import ModelId, ReplicaId, RequestId, Tier
 
 
@@ -66,16 +68,28 @@ class Controller:
 
     Args:
         rates: what the tiers were measured to give; predictions start from them.
+        policy: how many replicas each model has, and until when; None: fixed keep-alives.
+        prices: what bytes in DRAM are weighed with.
     """
 
-    def __init__(self, settings: PolicySettings, rates: Rates = UNMEASURED) -> None:
-        self._state = State(settings, rates)
+    def __init__(
+        self,
+        settings: PolicySettings,
+        rates: Rates = UNMEASURED,
+        policy: Policy | None = None,
+        prices: Prices | None = None,
+    ) -> None:
+        self._state = State(settings, rates, policy or FixedKeepAlive(), prices or Prices())
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Apply one event at time `now` (seconds) and return the commands it causes, in order."""
+        state = self._state
         commands = self._apply(event, now)
-        commands += slots.fill(self._state, now)
-        return commands + requests.hold_new(self._state, now)
+        commands += scaling.settle(state, now)
+        commands += slots.fill(state, now)
+        commands += scaling.settle(state, now)
+        commands += scaling.act_ahead(state, now)
+        return commands + requests.hold_new(state, now)
 
     def _apply(self, event: Event, now: float) -> list[Command]:  # noqa: C901, PLR0911, PLR0912 - one line per event
         state = self._state
@@ -142,7 +156,12 @@ class Controller:
                 state.line.end_shunning(state.line.shunning[ModelId(timer.key)])
                 return []
             case TimerKind.BACKOFF:
-                state.models[ModelId(timer.key)].failure = None
+                model = state.models[ModelId(timer.key)]
+                model.failure = None
+                state.unplanned[model.model_id] = model
+                return []
+            case TimerKind.REVIEW:
+                scaling.review_due(state, state.models[ModelId(timer.key)], now)
                 return []
             case _:
                 assert_never(timer.kind)

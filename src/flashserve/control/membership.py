@@ -23,7 +23,8 @@ def deployed(state: State, event: ModelDeployed, now: float) -> list[Command]:
     spec = event.model
     model = state.models.get(spec.model_id)
     if model is None:
-        state.models[spec.model_id] = Model(spec, reason="deployed")
+        model = Model(spec, reason="deployed")
+        state.models[spec.model_id] = state.unplanned[spec.model_id] = model
         return []
     commands: list[Command] = []
     if not model.is_deleted and not _same_checkpoint(model.spec, spec):
@@ -37,9 +38,7 @@ def deployed(state: State, event: ModelDeployed, now: float) -> list[Command]:
     model.failure = None
     model.memory_failures = 0
     commands += _reject_too_large(state, model)
-    for replica in list(model.replicas.values()):
-        state.watch_keep_alive(replica)
-        commands += requests.stop_if_idle(state, model, replica, now)
+    state.unplanned[model.model_id] = model
     return commands
 
 

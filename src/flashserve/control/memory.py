@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from flashserve.control import orders, slots
+from flashserve.control import orders, slots, staging
 from flashserve.control.records import Model, Node, PendingEvict
-from flashserve.control.room import free_more, make_room
+from flashserve.control.room import free_more
 from flashserve.control.state import State
 from flashserve.messages.commands import Command
 from flashserve.messages.events import Evicted, EvictRequested, Staged, StageFailed, StageRequested
@@ -12,6 +12,8 @@ from flashserve.policy.placement import place
 from flashserve.types import NodeId, Tier
 
 _STAGE_RETRIES = 2
+_STAGE_BACKOFF_S = 60.0
+"""After a stage that failed, none is ordered ahead of requests for so long."""
 
 
 def stage_requested(state: State, event: StageRequested, now: float) -> list[Command]:
@@ -31,7 +33,7 @@ def stage_requested(state: State, event: StageRequested, now: float) -> list[Com
     node = state.nodes[placement.node_id]
     commands: list[Command] = []
     if event.tier is Tier.DRAM:
-        commands = _reserve(state, node, model, now)
+        commands = staging.reserve(state, node, model, now)
     reason = f"asked for; {placement.reason}"
     return [*commands, orders.stage(node, model, event.tier, reason)]
 
@@ -41,13 +43,6 @@ def _holder(state: State, model: Model, tier: Tier) -> Node | None:
     if tier is Tier.DISK:
         held |= set(state.nodes if model.spec.lowest_tier >= Tier.DISK else model.disk_nodes)
     return state.nodes[min(held)] if held else None
-
-
-def _reserve(state: State, node: Node, model: Model, now: float) -> list[Command]:
-    commands = make_room(state, node, model, now, for_replica=False)
-    state.hold_bytes(node, model.spec, now)
-    state.set_staging(node, model.model_id, True)
-    return commands
 
 
 def staged(state: State, event: Staged, now: float) -> list[Command]:
@@ -84,13 +79,14 @@ def stage_failed(state: State, event: StageFailed, now: float) -> list[Command]:
     if resident:
         state.set_staging(node, model.model_id, False)
     model.reason = f"staging on {node.node_id} failed: {event.message}"
+    model.no_stage_before = now + _STAGE_BACKOFF_S
     num_failures = node.stage_failures.pop(model.model_id, 0) + 1
     if event.code != "unavailable" or num_failures > _STAGE_RETRIES:
         return []
     freed = free_more(state, node, model, now, everything=num_failures > 1)
     if freed:
         node.stage_failures[model.model_id] = num_failures
-        freed += _reserve(state, node, model, now)
+        freed += staging.reserve(state, node, model, now)
         reason = f"tried again after evictions: {event.message}"
         freed.append(orders.stage(node, model, event.tier, reason))
     return freed

@@ -71,6 +71,8 @@ def forget_deleted(state: State, model: Model) -> None:
     if model.is_deleted and not model.replicas:
         del state.models[model.model_id]
         state.line.end_shunning(model)
+        state.short.pop(model.model_id, None)
+        state.policy.forget(model.model_id)
         state.estimates.forget(model.model_id)
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 
 from flashserve.policy.admission import Failure
 from flashserve.policy.cost import EXTENT_BYTES, WorkerState, extent_bytes
+from flashserve.policy.plans import Plan
 from flashserve.types import (
     ModelId,
     ModelSpec,
@@ -40,6 +42,8 @@ class Request:
     """Order of arrival; every queue is in this order."""
     deadline_s: float
     waiting_since: float
+    adapter: str = ""
+    prefix: int | None = None
     attempts: int = 0
     """Replicas that it has lost."""
     tier: Tier = Tier.REMOTE
@@ -72,10 +76,15 @@ class Replica:
     ready_at: float = 0.0
     changed_at: float = 0.0
     """Since when it has been idle, or busy."""
+    is_kept: bool = False
+    """One of the model's min_replicas: it gives way to nobody."""
     is_yielding: bool = False
     """It drains only for a model that claims room on its node, and resumes if that ends."""
     drain_reason: str = ""
     in_flight: dict[RequestId, Request] = dataclasses.field(default_factory=dict)
+    adapters: dict[str, None] = dataclasses.field(default_factory=dict)
+    """Those that it has answered with, least recently first."""
+    prefixes: dict[int, None] = dataclasses.field(default_factory=dict)
 
     @property
     def model_id(self) -> ModelId:
@@ -84,6 +93,11 @@ class Replica:
     @property
     def is_idle(self) -> bool:
         return self.status is Status.READY and not self.in_flight
+
+    @property
+    def is_spare(self) -> bool:
+        """Idle, and may give way to another model."""
+        return self.is_idle and not self.is_kept
 
 
 @dataclasses.dataclass(slots=True)
@@ -99,8 +113,20 @@ class Model:
     last_used_at: float | None = None
     reason: str = ""
     failure: Failure | None = None
+    plan: Plan = dataclasses.field(default_factory=lambda: Plan(0, 0.0))
+    """The policy's last answer."""
     forecast: SeriesForecast | None = None
     """The newest; whether it is too old is for who reads it."""
+    last_arrival_at: float | None = None
+    wanting_since: float | None = None
+    """Since when it has had fewer replicas than its plan wants, with no request that waits."""
+    scale_out_at: float = math.inf
+    """With more requests than this, the policy is asked for another replica."""
+    room_seen: int = -1
+    """State.room_version when a start ahead last found no room."""
+    no_start_before: float = 0.0
+    """Starts ahead wait so long after one that was lost."""
+    no_stage_before: float = 0.0
     memory_failures: int = 0
     shunned: dict[NodeId, None] = dataclasses.field(default_factory=dict)
     """Nodes that just had no memory for it; cleared when anything changes or at retry_at."""
@@ -120,9 +146,12 @@ class Model:
     @property
     def is_wanting(self) -> bool:
         """It has waiting requests and no replica that would serve them."""
-        return bool(self.waiting) and all(
-            replica.status is Status.DRAINING for replica in self.replicas.values()
-        )
+        return bool(self.waiting) and not self.num_serving
+
+    @property
+    def num_serving(self) -> int:
+        """Replicas that are starting or ready."""
+        return sum(r.status is not Status.DRAINING for r in self.replicas.values())
 
 
 @dataclasses.dataclass(slots=True)
@@ -159,6 +188,8 @@ class Node:
     pinned_bytes: int = 0  # == sum of pinned resident bytes
     replicas: dict[ReplicaId, Replica] = dataclasses.field(default_factory=dict)
     idle: dict[ReplicaId, Replica] = dataclasses.field(default_factory=dict)
+    """Those that may give way."""
+    num_staging: int = 0
     resident: dict[ModelId, Resident] = dataclasses.field(default_factory=dict)
     fetched: dict[ModelId, None] = dataclasses.field(default_factory=dict)
     """Models whose disk_nodes name this node."""
@@ -184,6 +215,10 @@ class Node:
     @property
     def free_slots(self) -> int:
         return self.spec.num_workers - len(self.replicas)
+
+    @property
+    def num_kept(self) -> int:
+        return sum(replica.is_kept for replica in self.replicas.values())
 
     def replicas_of(self, model: Model) -> list[Replica]:
         return [r for r in model.replicas.values() if r.node_id == self.node_id]

@@ -43,7 +43,7 @@ def ready(state: State, event: ReplicaReady, now: float) -> list[Command]:
     commands = requests.dispatch_waiting(state, model, now)
     if pending := node.pending_evicts.get(model.model_id):
         return commands + orders.evict_when_free(state, node, pending, now, cancel_starts=True)
-    return commands + requests.stop_if_idle(state, model, replica, now)
+    return commands
 
 
 def failed(state: State, event: ReplicaFailed, now: float) -> list[Command]:
@@ -84,6 +84,7 @@ def lost(state: State, event: ReplicaLost, now: float) -> list[Command]:
     commands: list[Command] = []
     if replica.status is Status.STARTING:
         commands = requests.count_lost_start(state, model, event.reason)
+        model.no_start_before = now + max(state.settings.failure_backoff_s, _MIN_RETRY_S)
     return commands + lose(state, replica, event.reason, now)
 
 
@@ -108,8 +109,8 @@ def lose(state: State, replica: Replica, why: str, now: float) -> list[Command]:
 
 def keep_alive_over(state: State, replica_id: ReplicaId, now: float) -> list[Command]:
     replica = state.replicas[replica_id]
-    keep_alive = state.keep_alive_s(state.models[replica.model_id])
-    reason = keepalive.stop_reason(now - replica.changed_at, keep_alive)
+    plan = state.models[replica.model_id].plan
+    reason = keepalive.stop_reason(now - replica.changed_at, plan.keep_idle_s, plan.reason)
     return orders.stop_replica(state, replica, reason, now)
 
 

@@ -11,7 +11,7 @@ from flashserve.control.records import Model, Replica, Request, Status
 from flashserve.control.state import State
 from flashserve.messages.commands import Command, Hold
 from flashserve.messages.events import RequestArrived, RequestFinished
-from flashserve.policy import admission, cost, keepalive, routing, text
+from flashserve.policy import admission, cost, routing, text
 from flashserve.policy.admission import Refusal
 from flashserve.types import NodeId, Phases, ReplicaId, RequestId, Tier
 
@@ -23,14 +23,21 @@ def arrive(state: State, event: RequestArrived, now: float) -> list[Command]:
     model = state.find(event.model_id)
     deadline_s = state.settings.deadline_s if event.deadline_s is None else event.deadline_s
     request = Request(
-        event.request_id, event.model_id, state.new_sequence(), deadline_s, waiting_since=now
+        event.request_id,
+        event.model_id,
+        state.new_sequence(),
+        deadline_s,
+        waiting_since=now,
+        adapter=event.adapter,
+        prefix=event.prefix,
     )
     if model is None:
         return [orders.reject(request, admission.refuse_unknown(event.model_id))]
-    model.last_used_at = now
+    model.last_used_at = model.last_arrival_at = now
+    state.policy.arrived(model.model_id, now)
     if refusal := _refusal(state, model, now):
         return [orders.reject(request, refusal)]
-    if not model.waiting and (route := _route(model)):
+    if not model.waiting and (route := _route(state, model, request)):
         request.tier = Tier.DEVICE
         request.predicted = Phases(prefill_s=_prefill_s(state, model))
         replica_id, reason = route
@@ -82,32 +89,37 @@ def release(state: State, model: Model, replica: Replica, now: float) -> list[Co
     """A replica has room again: for a waiting request, or to stop if it was only to finish."""
     if replica.status is Status.DRAINING and not replica.in_flight:
         return orders.stop_replica(state, replica, replica.drain_reason, now)
-    return dispatch_waiting(state, model, now) + stop_if_idle(state, model, replica, now)
-
-
-def stop_if_idle(state: State, model: Model, replica: Replica, now: float) -> list[Command]:
-    """With a keep-alive of 0 a replica stops as soon as it has nothing to do."""
-    if not replica.is_idle or state.keep_alive_s(model) > 0:
-        return []
-    return orders.stop_replica(state, replica, keepalive.stop_reason(0.0, 0.0), now)
+    return dispatch_waiting(state, model, now)
 
 
 def dispatch_waiting(state: State, model: Model, now: float) -> list[Command]:
     """Dispatch waiting requests, first come first served, while a ready replica has room."""
     commands: list[Command] = []
-    while model.waiting and (route := _route(model)):
+    while model.waiting:
         request = next(iter(model.waiting.values()))
+        route = _route(state, model, request)
+        if route is None:
+            break
         replica_id, reason = route
         commands.append(orders.dispatch(state, request, state.replicas[replica_id], reason, now))
     return commands
 
 
-def _route(model: Model) -> tuple[ReplicaId, str] | None:
-    return routing.route(
-        routing.ReplicaLoad(len(replica.in_flight), replica.replica_id, replica.limit)
+def _route(state: State, model: Model, request: Request) -> tuple[ReplicaId, str] | None:
+    loads = [
+        routing.ReplicaLoad(
+            len(replica.in_flight),
+            replica.replica_id,
+            replica.limit,
+            not request.adapter or request.adapter in replica.adapters,
+            request.prefix is not None and request.prefix in replica.prefixes,
+        )
         for replica in model.replicas.values()
         if replica.status is Status.READY
-    )
+    ]
+    if len(loads) == 1:  # nothing to compare
+        return routing.only(loads[0])
+    return routing.route(loads, _prefill_s(state, model)) if loads else None
 
 
 def go_on(

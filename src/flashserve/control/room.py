@@ -14,6 +14,10 @@ from flashserve.policy.cost import WorkerState, extent_bytes, predict_start
 from flashserve.policy.eviction import Candidate
 from flashserve.types import ModelId, Tier
 
+_MARGIN = 1.5
+"""What is done ahead of requests must be worth so many times what gives way for it."""
+_MAX_AGE_S = 3600.0
+"""Of a forecast whose rate still counts."""
 _NUM_CANDIDATES = 64
 """Models compared before an eviction, least recently used first, unless more must go."""
 
@@ -42,6 +46,36 @@ def make_room(
     for victim in victims:
         commands += _evict(state, node, victim, model.model_id, now)
     return commands
+
+
+def gives_way(
+    state: State, node: Node, model: Model, worth: float, now: float, *, for_replica: bool
+) -> bool:
+    """Whether all that would have to leave is worth clearly less than `worth` (seconds saved per
+    second); always where nothing would.
+    """
+    lost = 0.0
+    if for_replica and node.free_slots <= 0:
+        idle = [_slot_candidate(state, replica, now) for replica in node.idle.values()]
+        victim = eviction.least_worth(idle)
+        if victim is None:
+            return False
+        lost += victim.worth
+    need = extent_bytes(model.spec.size_bytes) - node.free_bytes
+    if model.model_id not in node.resident and need > 0:
+        likely = _byte_candidates(state, node, model, now, limit=_NUM_CANDIDATES)
+        victims = eviction.choose_victims(likely, need)
+        if victims is None:
+            return False
+        lost += sum(victim.worth for victim in victims)
+    return lost == 0.0 or worth > _MARGIN * lost
+
+
+def _rate(model: Model, now: float) -> float | None:
+    """Starts that its forecast expects, per second; None where there is no recent one."""
+    if model.forecast is None or now - model.forecast.made_at > _MAX_AGE_S:
+        return None
+    return model.plan.rate_per_s
 
 
 def free_more(
@@ -85,6 +119,7 @@ def _slot_candidate(state: State, replica: Replica, now: float) -> Candidate:
         idle_s=now - replica.changed_at,
         restart_s=restart.startup_s,
         replica_ids=(replica.replica_id,),
+        rate_per_s=_rate(state.models[replica.model_id], now),
     )
 
 
@@ -119,4 +154,5 @@ def _byte_candidate(
         num_bytes=resident.num_bytes,
         replica_ids=tuple(replica.replica_id for replica in replicas),
         below=below,
+        rate_per_s=_rate(model, now),
     )

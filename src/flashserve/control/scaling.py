@@ -1,12 +1,35 @@
-"""How many replicas each model is to have: forecasts and bounds, as they change."""
+"""How many replicas each model is to have: the policy is asked, and its plans are carried out.
+
+State notes models whose facts changed (`unplanned`); at the end of an event each is reviewed once.
+What a plan wants beyond what there is stands in `short` and starts where there is room, or where
+what gives way is worth clearly less. Requests that wait come first: while any model stands in line,
+nothing starts ahead.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from itertools import islice
 
+from flashserve.control import orders, room, slots, staging
+from flashserve.control.estimates import Quantity
+from flashserve.control.records import Model, Node, Status
 from flashserve.control.state import State
 from flashserve.messages.commands import Command
 from flashserve.messages.events import BoundsChanged, ForecastReady
+from flashserve.policy import keepalive
+from flashserve.policy.cost import WorkerState, predict_start
+from flashserve.policy.placement import place
+from flashserve.policy.plans import Facts
+from flashserve.types import NodeId, Scaling, Tier
+
+_MIN_REVIEW_S = 1.0
+"""A plan that names an earlier time is asked for again after so long."""
+_NUM_TRIES = 2
+"""Starts ahead that are tried in one event; the others' turn comes with the next ones."""
+_RETRY_S = 15.0
+"""After a start ahead that found no room, the model's next one is tried so much later."""
 
 
 def forecast_ready(state: State, event: ForecastReady) -> list[Command]:
@@ -14,10 +37,181 @@ def forecast_ready(state: State, event: ForecastReady) -> list[Command]:
     for forecast in event.forecasts:
         if model := state.find(forecast.series):
             model.forecast = forecast
+            state.unplanned[model.model_id] = model
     return []
 
 
 def bounds_changed(state: State, event: BoundsChanged) -> list[Command]:
     if model := state.find(event.model_id):
         model.spec = dataclasses.replace(model.spec, scaling=event.scaling)
+        state.unplanned[model.model_id] = model
     return []
+
+
+def review_due(state: State, model: Model, now: float) -> None:
+    """The time that a plan named has come, or a start ahead may be tried again."""
+    if model.no_start_before <= now:
+        model.no_start_before = 0.0
+    model.room_seen = -1
+    state.unplanned[model.model_id] = model
+
+
+def settle(state: State, now: float) -> list[Command]:
+    """Review every model whose facts changed in this event, and stop what no plan wants."""
+    commands: list[Command] = []
+    while state.unplanned:
+        model_id = next(iter(state.unplanned))
+        model = state.unplanned.pop(model_id)
+        if state.find(model_id) is model:
+            commands += _review(state, model, now)
+    return commands
+
+
+def _review(state: State, model: Model, now: float) -> list[Command]:
+    plan = state.policy.plan(_facts(state, model), now)
+    if plan.review_at <= now:
+        plan = dataclasses.replace(plan, review_at=now + _MIN_REVIEW_S)
+    model.plan = plan
+    _keep_minimum(state, model)
+    _set_scale_out(state, model)
+    commands = _stop_surplus(state, model, now)
+    serving = model.num_serving
+    covered = bool(model.waiting) and not serving  # it stands in line
+    is_short = serving < plan.replicas and not covered and not state.is_draining
+    state.set_short(model, is_short, now)
+    state.watch_review(model)
+    if plan.rate_per_s is not None:
+        state.reviewed[model.model_id] = model
+    return commands
+
+
+def _facts(state: State, model: Model) -> Facts:
+    node_id, tier = _nearest(state, model)
+    costs = state.estimates.costs(node_id, model.model_id, WorkerState.SPARE)
+    idle_since, num_serving, in_flight = -math.inf, 0, 0
+    for replica in model.replicas.values():
+        if replica.status is Status.DRAINING:
+            continue
+        num_serving += 1
+        in_flight += len(replica.in_flight)
+        idle_since = max(idle_since, replica.changed_at if replica.is_idle else math.inf)
+    return Facts(
+        model.model_id,
+        model.spec.size_bytes,
+        tier,
+        predict_start(model.spec.size_bytes, tier, costs).startup_s,
+        state.estimates.value(Quantity.PREFILL_S, model.model_id),
+        state.estimates.value(Quantity.RUN_S, model.model_id),
+        state.max_sequences,
+        num_serving,
+        in_flight,
+        len(model.waiting),
+        idle_since if math.isfinite(idle_since) else None,
+        model.last_arrival_at,
+        state.keep_alive_s(model),
+        model.spec.keep_alive_s is not None,
+        bounds(state, model),
+        model.forecast,
+    )
+
+
+def _nearest(state: State, model: Model) -> tuple[NodeId, Tier]:
+    """The node that has most of the model, and the tier of it there."""
+    node_id = next(iter(model.dram_nodes or model.disk_nodes or state.nodes), NodeId(""))
+    node = state.nodes.get(node_id)
+    return node_id, state.tier_on(model, node) if node else model.spec.lowest_tier
+
+
+def bounds(state: State, model: Model) -> Scaling:
+    """The model's, with the server's where it has none."""
+    scaling = model.spec.scaling
+    most = scaling.max_replicas or state.settings.max_replicas or 1
+    return Scaling(scaling.min_replicas, max(most, scaling.min_replicas), scaling.target)
+
+
+def _keep_minimum(state: State, model: Model) -> None:
+    """As many replicas as the model always has give way to nobody; nor do any, where none share."""
+    left = model.spec.scaling.min_replicas if state.policy.shares_slots else len(model.replicas)
+    for replica in model.replicas.values():
+        is_kept = left > 0 and replica.status is not Status.DRAINING
+        state.set_kept(replica, is_kept)
+        left -= is_kept
+
+
+def _set_scale_out(state: State, model: Model) -> None:
+    serving, most = model.num_serving, bounds(state, model).max_replicas or 1
+    each = model.spec.scaling.target or state.max_sequences
+    model.scale_out_at = serving * each if 0 < serving < most else math.inf
+
+
+def _stop_surplus(state: State, model: Model, now: float) -> list[Command]:
+    """Stop idle replicas beyond the wanted number whose time is over, and watch the others."""
+    idle = [replica for replica in model.replicas.values() if replica.is_idle]
+    idle.sort(key=lambda replica: (replica.changed_at, replica.replica_id))
+    commands: list[Command] = []
+    for replica in idle:
+        if model.num_serving <= model.plan.replicas:
+            break
+        if now - replica.changed_at >= model.plan.keep_idle_s:
+            why = keepalive.stop_reason(
+                now - replica.changed_at, model.plan.keep_idle_s, model.plan.reason
+            )
+            commands += orders.stop_replica(state, replica, why, now)
+        else:
+            state.watch_keep_alive(replica)
+    return commands
+
+
+def act_ahead(state: State, now: float) -> list[Command]:
+    """Start ahead of requests what plans want, and bring to DRAM what is worth its place there."""
+    commands = _start_short(state, now)
+    reviewed, state.reviewed = state.reviewed, {}
+    for model in reviewed.values():
+        commands += staging.stage_ahead(state, model, now)
+    return commands
+
+
+def _start_short(state: State, now: float) -> list[Command]:
+    if not state.short or state.line.models or state.is_draining:
+        return []
+    commands: list[Command] = []
+    for model in list(islice(state.short.values(), _NUM_TRIES)):
+        state.short[model.model_id] = state.short.pop(model.model_id)  # the others' turn comes
+        if model.room_seen == state.room_version or model.failure or model.no_start_before > now:
+            continue
+        started = _start_ahead(state, model, now)
+        commands += started
+        if not started:
+            model.room_seen = state.room_version
+            model.no_start_before = now + _RETRY_S
+            state.watch_review(model)
+    return commands + settle(state, now)
+
+
+def _start_ahead(state: State, model: Model, now: float) -> list[Command]:
+    """Start one more replica where it would be ready first; nothing where it is not worth it."""
+    nodes = [
+        node for node in slots.candidates(state, model, set()) if _is_worth(state, node, model, now)
+    ]
+    placement = place((slots.view(state, node, model) for node in nodes), model.spec.size_bytes)
+    if placement is None:
+        return []
+    node = state.nodes[placement.node_id]
+    why = f"ahead of requests: {model.plan.reason}; " if model.plan.reason else "wanted; "
+    placement = dataclasses.replace(placement, reason=why + placement.reason)
+    worker = slots.worker_state(node)
+    commands = room.make_room(state, node, model, now, for_replica=True)
+    return [*commands, orders.start_replica(state, node, model, placement, worker, now)]
+
+
+def _is_worth(state: State, node: Node, model: Model, now: float) -> bool:
+    """Whether what would give way on the node is worth less than a replica of the model."""
+    if node.claims:
+        return False
+    if model.num_serving < model.spec.scaling.min_replicas:
+        return True
+    costs = state.estimates.costs(node.node_id, model.model_id, WorkerState.SPARE)
+    start = predict_start(model.spec.size_bytes, state.tier_on(model, node), costs)
+    return room.gives_way(
+        state, node, model, start.startup_s * (model.plan.rate_per_s or 0.0), now, for_replica=True
+    )

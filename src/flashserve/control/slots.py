@@ -60,7 +60,7 @@ def _start(state: State, model: Model, taken: set[NodeId], now: float) -> list[C
     if placement is None:
         return []
     node = state.nodes[placement.node_id]
-    worker = _worker(node)
+    worker = worker_state(node)
     commands = make_room(state, node, model, now, for_replica=True)
     return [*commands, orders.start_replica(state, node, model, placement, worker, now)]
 
@@ -98,13 +98,13 @@ def view(state: State, node: Node, model: Model) -> NodeView:
     return NodeView(
         node.node_id,
         state.tier_on(model, node),
-        state.estimates.costs(node.node_id, model.model_id, _worker(node)),
+        state.estimates.costs(node.node_id, model.model_id, worker_state(node)),
         node.free_slots,
         node.free_bytes,
     )
 
 
-def _worker(node: Node) -> WorkerState:
+def worker_state(node: Node) -> WorkerState:
     if node.free_slots <= 0:
         return WorkerState.STOPPING
     return WorkerState.SPARE if node.num_live > len(node.replicas) else WorkerState.STARTING
@@ -173,7 +173,7 @@ def _victims(
     None when even all that may be drained now are not enough, with the time when more may be.
     """
     ahead = _ahead(state, node, model)
-    running = [r for r in node.replicas.values() if not r.is_idle]
+    running = [r for r in node.replicas.values() if not r.is_spare]
     kept = [r for r in running if r.status is not Status.DRAINING]
     lack_slots = len(ahead) + 1 + len(kept) - node.spec.num_workers
     wanted = sum(extent_bytes(m.spec.size_bytes) for m in (model, *ahead))
@@ -184,7 +184,7 @@ def _victims(
     for replica in sorted(kept, key=lambda r: (r.changed_at, r.replica_id)):
         if lack_slots <= 0 and lack_bytes <= 0:
             break
-        if replica.status is not Status.READY:
+        if replica.status is not Status.READY or replica.is_kept:
             continue
         spared = replica.ready_at + state.settings.slot_patience_s
         if spared > now:

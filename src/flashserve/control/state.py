@@ -7,25 +7,42 @@ change, each node's pinned and evictable bytes, and the timers.
 
 from __future__ import annotations
 
+import math
+from typing import TypeVar
+
 from flashserve.config import PolicySettings
 from flashserve.control.estimates import Estimates
 from flashserve.control.line import Line
 from flashserve.control.records import Model, Node, Replica, Request, Resident, Status
 from flashserve.control.timers import Timer, TimerKind, Timers
 from flashserve.policy import keepalive
-from flashserve.policy.cost import Rates, extent_bytes
+from flashserve.policy.cost import Prices, Rates, extent_bytes
+from flashserve.policy.plans import Policy
 from flashserve.types import ModelId, ModelSpec, NodeId, NodeSpec, ReplicaId, RequestId, Tier
 
 
 class State:
-    def __init__(self, settings: PolicySettings, rates: Rates) -> None:
+    def __init__(
+        self, settings: PolicySettings, rates: Rates, policy: Policy, prices: Prices
+    ) -> None:
         self.settings = settings
+        self.policy = policy
+        self.prices = prices
         self.models: dict[ModelId, Model] = {}
         self.nodes: dict[NodeId, Node] = {}
         self.replicas: dict[ReplicaId, Replica] = {}
         self.requests: dict[RequestId, Request] = {}
         self.free_nodes: dict[NodeId, Node] = {}
         self.idle: dict[ReplicaId, Replica] = {}
+        """Those that may give way."""
+        self.unplanned: dict[ModelId, Model] = {}
+        """Models about which the policy is to be asked at the end of this event."""
+        self.reviewed: dict[ModelId, Model] = {}
+        """Models with a new forecast of starts, whose bytes may be worth a place in DRAM."""
+        self.short: dict[ModelId, Model] = {}
+        """Models with fewer replicas than their plan wants, and no request that waits for one."""
+        self.room_version = 0
+        """Grows whenever a start that found no room might find some."""
         self.busy: dict[ReplicaId, Replica] = {}
         self.unheld: list[Request] = []
         """Requests that began to wait in this event and have not been told so."""
@@ -36,6 +53,7 @@ class State:
         """The last epoch seen of every node, also of lost ones."""
         self.num_workers = 0
         self.largest_bytes = 0
+        self.max_sequences = 1
         self.num_running = 0
         self.is_draining = False
         self._num_started = 0
@@ -87,6 +105,7 @@ class State:
             self.unheld.append(request)
             timer = Timer(TimerKind.DEADLINE, request.request_id)
             self.timers.schedule(timer, request.deadline_at)
+            self.unplanned[model.model_id] = model
         if requests and last and requests[0].sequence < last.sequence:
             ordered = sorted(model.waiting.values(), key=lambda request: request.sequence)
             model.waiting = {request.request_id: request for request in ordered}
@@ -104,8 +123,11 @@ class State:
         request.replica_id = replica.replica_id
         request.dispatched_at = now
         replica.in_flight[request.request_id] = request
+        _remember(replica, request)
         model.num_running += 1
         self.num_running += 1
+        if model.num_running > model.scale_out_at:
+            self.unplanned[model.model_id] = model
         if len(replica.in_flight) == 1:
             replica.changed_at = now
             self._reindex(replica)
@@ -118,6 +140,7 @@ class State:
         if not replica.in_flight:
             replica.changed_at = now
             self._reindex(replica)
+            self.unplanned[replica.model_id] = self.models[replica.model_id]
 
     def take_in_flight(self, replica: Replica) -> list[Request]:
         """Take every running request from a replica that is gone, in order of arrival."""
@@ -142,6 +165,7 @@ class State:
         self._review_slots(node)
         self._refresh_pin(node, model)
         self.line.review(model)
+        self.unplanned[model.model_id] = model
 
     def remove_replica(self, replica: Replica, now: float) -> None:
         """Its slot is free; requests must have been taken from it before."""
@@ -157,29 +181,52 @@ class State:
         self._review_slots(node)
         self._refresh_pin(node, model)
         self.line.review(model)
-        self.line.clear_shunned()
+        self._room_grew()
+        self.unplanned[model.model_id] = model
 
     def set_status(self, replica: Replica, status: Status, now: float) -> None:
         replica.status = status
         replica.changed_at = now
         self._reindex(replica)
-        self.line.review(self.models[replica.model_id])
+        model = self.models[replica.model_id]
+        self.line.review(model)
+        self.unplanned[model.model_id] = model
+
+    def set_kept(self, replica: Replica, is_kept: bool) -> None:
+        """Whether the replica is one of those that its model always has."""
+        if replica.is_kept != is_kept:
+            replica.is_kept = is_kept
+            self._reindex(replica)
 
     def watch_keep_alive(self, replica: Replica) -> None:
         due = self._keep_alive_ends(replica)
-        if due is not None:
+        if due is not None and due < math.inf:
             self.timers.schedule(Timer(TimerKind.KEEP_ALIVE, replica.replica_id), due)
+
+    def set_short(self, model: Model, is_short: bool, now: float) -> None:
+        """Whether the model wants a start ahead of requests."""
+        if not is_short:
+            self.short.pop(model.model_id, None)
+            model.wanting_since = None
+        elif model.model_id not in self.short:
+            self.short[model.model_id] = model
+            model.wanting_since = now
+            model.room_seen = -1
+
+    def _room_grew(self) -> None:
+        self.room_version += 1
+        self.line.clear_shunned()
 
     def _reindex(self, replica: Replica) -> None:
         node, replica_id = self.nodes[replica.node_id], replica.replica_id
-        if replica.is_idle:
+        if replica.is_spare:
             self.busy.pop(replica_id, None)
             self.idle[replica_id] = node.idle[replica_id] = replica
-            self.watch_keep_alive(replica)
+            self.room_version += 1
         else:
             self.idle.pop(replica_id, None)
             node.idle.pop(replica_id, None)
-            if replica.status is Status.READY:
+            if replica.status is Status.READY and replica.in_flight:
                 self.busy[replica_id] = replica
             else:
                 self.busy.pop(replica_id, None)
@@ -205,7 +252,9 @@ class State:
         return resident
 
     def set_staging(self, node: Node, model_id: ModelId, is_staging: bool) -> None:
-        node.resident[model_id].is_staging = is_staging
+        resident = node.resident[model_id]
+        node.num_staging += is_staging - resident.is_staging
+        resident.is_staging = is_staging
         self._refresh_pin(node, self.models[model_id])
 
     def set_fetched(self, node: Node, model: Model, is_fetched: bool) -> None:
@@ -221,17 +270,18 @@ class State:
         if resident is None:
             return
         node.used_bytes -= resident.num_bytes
+        node.num_staging -= resident.is_staging
         node.pinned_bytes -= resident.num_bytes if resident.is_pinned else 0
         node.evictable.pop(model_id, None)
         del self.models[model_id].dram_nodes[node.node_id]
-        self.line.clear_shunned()
+        self._room_grew()
 
     def _refresh_pin(self, node: Node, model: Model) -> None:
         resident = node.resident.get(model.model_id)
         if resident is None:
             return
         here = node.replicas_of(model)
-        pinned = resident.is_staging or any(not replica.is_idle for replica in here)
+        pinned = resident.is_staging or any(not replica.is_spare for replica in here)
         if pinned != resident.is_pinned:
             resident.is_pinned = pinned
             node.pinned_bytes += resident.num_bytes if pinned else -resident.num_bytes
@@ -248,7 +298,7 @@ class State:
         self.epochs[spec.node_id] = spec.epoch
         self._review_slots(node)
         self._sum_nodes()
-        self.line.clear_shunned()
+        self._room_grew()
 
     def forget_bytes(self, node: Node) -> None:
         """Everything that was in the node's DRAM or on its disk is gone."""
@@ -271,14 +321,28 @@ class State:
     def _sum_nodes(self) -> None:
         self.num_workers = sum(node.spec.num_workers for node in self.nodes.values())
         self.largest_bytes = max((n.capacity_bytes for n in self.nodes.values()), default=0)
+        self.max_sequences = min((n.spec.max_sequences for n in self.nodes.values()), default=1)
 
     # Timers
 
+    def watch_review(self, model: Model) -> None:
+        due = self.review_at(model)
+        if due is not None:
+            self.timers.schedule(Timer(TimerKind.REVIEW, model.model_id), due)
+
+    def review_at(self, model: Model) -> float | None:
+        """When the policy is to be asked about the model, with no other event."""
+        due = model.plan.review_at
+        if model.model_id in self.short and model.no_start_before > 0:
+            due = min(due, model.no_start_before)
+        return due if due < math.inf else None
+
     def _keep_alive_ends(self, replica: Replica) -> float | None:
-        if not replica.is_idle:
+        """When an idle replica stops; None while it works or its model's plan wants it."""
+        model = self.models[replica.model_id]
+        if not replica.is_idle or model.num_serving <= model.plan.replicas:
             return None
-        keep_alive = self.keep_alive_s(self.models[replica.model_id])
-        return keepalive.expires_at(replica.changed_at, keep_alive)
+        return keepalive.expires_at(replica.changed_at, model.plan.keep_idle_s)
 
     def _due_at(self, timer: Timer) -> float | None:
         match timer.kind:
@@ -298,3 +362,26 @@ class State:
             case TimerKind.BACKOFF:
                 model = self.models.get(ModelId(timer.key))
                 return model.failure.until if model and model.failure else None
+            case TimerKind.REVIEW:
+                model = self.find(ModelId(timer.key))
+                return self.review_at(model) if model else None
+
+
+_Key = TypeVar("_Key", str, int)
+_NUM_ADAPTERS = 64
+_NUM_PREFIXES = 512
+
+
+def _remember(replica: Replica, request: Request) -> None:
+    """What the replica has computed with lately; its engine is taken to have it still."""
+    if request.adapter:
+        _use(replica.adapters, request.adapter, _NUM_ADAPTERS)
+    if request.prefix is not None:
+        _use(replica.prefixes, request.prefix, _NUM_PREFIXES)
+
+
+def _use(recent: dict[_Key, None], key: _Key, limit: int) -> None:
+    recent.pop(key, None)
+    recent[key] = None
+    if len(recent) > limit:
+        del recent[next(iter(recent))]

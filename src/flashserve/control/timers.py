@@ -16,6 +16,7 @@ class TimerKind(enum.IntEnum):
     PATIENCE = 2
     RETRY = 3
     BACKOFF = 4
+    REVIEW = 5
 
 
 class Timer(NamedTuple):

@@ -49,9 +49,10 @@ class Prices:
     slo_miss: float = 0.02
     slo_s: float = 1.0
 
-    def cold_start(self, startup_s: float) -> float:
-        """What one request's wait for a start costs."""
-        return self.wait_per_s * startup_s + (self.slo_miss if startup_s > self.slo_s else 0.0)
+    def cold_start(self, startup_s: float, prefill_s: float = 0.0) -> float:
+        """What one request's wait for a start costs; its prefill may be what misses the SLO."""
+        is_missed = startup_s + prefill_s > self.slo_s
+        return self.wait_per_s * startup_s + (self.slo_miss if is_missed else 0.0)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -22,7 +22,8 @@ class Candidate:
     """An idle replica, or a model's bytes in DRAM that nobody uses.
 
     num_bytes: what leaving DRAM would free; replica_ids: idle replicas to stop before that;
-    below: the tier from which the bytes would have to come back, in restart_s.
+    below: the tier from which the bytes would have to come back, in restart_s; rate_per_s: starts
+    that a forecast expects, instead of one over how long it has been idle.
     """
 
     model_id: ModelId
@@ -31,9 +32,12 @@ class Candidate:
     num_bytes: int = 0
     replica_ids: tuple[ReplicaId, ...] = ()
     below: Tier = Tier.DISK
+    rate_per_s: float | None = None
 
     @property
     def worth(self) -> float:
+        if self.rate_per_s is not None:
+            return self.restart_s * self.rate_per_s
         return self.restart_s / max(self.idle_s, _MIN_IDLE_S)
 
 
@@ -89,7 +93,7 @@ def _without_needless(chosen: tuple[Candidate, ...], need_bytes: int) -> tuple[C
 def stop_reason(candidate: Candidate, for_model: ModelId) -> str:
     return (
         f"slot given to {for_model}: idle {text.seconds(candidate.idle_s)}, "
-        f"restart {text.seconds(candidate.restart_s)}"
+        f"restart {text.seconds(candidate.restart_s)}{_expected(candidate)}"
     )
 
 
@@ -97,5 +101,11 @@ def evict_reason(candidate: Candidate, for_model: ModelId) -> str:
     return (
         f"evicted for {for_model}: idle {text.seconds(candidate.idle_s)}, "
         f"frees {text.size(candidate.num_bytes)}, comes back from {candidate.below.label} in "
-        f"{text.seconds(candidate.restart_s)}"
+        f"{text.seconds(candidate.restart_s)}{_expected(candidate)}"
     )
+
+
+def _expected(candidate: Candidate) -> str:
+    if candidate.rate_per_s is None:
+        return ""
+    return f", {text.rate(candidate.rate_per_s)} starts expected"

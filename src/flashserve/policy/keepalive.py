@@ -1,4 +1,4 @@
-"""How long a replica without requests stays: a fixed time, the model's own or the server's."""
+"""When a replica without requests stops, and what its fixed time is where nothing else decides."""
 
 from __future__ import annotations
 
@@ -15,5 +15,8 @@ def expires_at(idle_since: float, keep_alive: float) -> float:
     return idle_since + keep_alive
 
 
-def stop_reason(idle_s: float, keep_alive: float) -> str:
+def stop_reason(idle_s: float, keep_alive: float, why: str = "") -> str:
+    """`why`: what the policy said of it; nothing for a fixed keep-alive."""
+    if why:
+        return f"idle {text.seconds(idle_s)}; {why}"
     return f"idle {text.seconds(idle_s)} ≥ keep-alive {text.seconds(keep_alive)}"

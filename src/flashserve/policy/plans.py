@@ -1,9 +1,9 @@
 """What a scaling policy is told of a model, and what it answers: the seam between both.
 
 A policy is asked (`plan`) when something has changed that it may answer differently: a replica fell
-idle, requests began to wait, a forecast came, the model was deployed or its bounds changed, or the
-time that its last plan named has come. It keeps what it learns to itself, reads no clock and draws
-no number, so one history gives one sequence of plans, live and simulated.
+idle or left, requests began to wait, a forecast came, the model was deployed or its bounds changed,
+or the time that its last plan named has come. What it learns it keeps to itself; it reads no clock
+and draws no number, so one history gives one sequence of plans, live and simulated.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from flashserve.types import ModelId, Scaling, SeriesForecast, Tier
 class Facts:
     """A model at the moment of the question.
 
-    restart_s: what a start would take now, from the tier where the bytes are; run_s: how long one
-    request occupies its place; limit: requests that one replica takes at once; idle_since: since
-    when none of its ready replicas has had work, None while one has or there is none.
+    tier: where its bytes are nearest, replicas apart; restart_s: what a start from there would
+    take; prefill_s: from dispatch to first token; run_s: how long a request occupies its place;
+    limit: requests that one replica takes at once; num_replicas: starting and ready ones;
+    idle_since: since when none of them has had work, None while one has or there is none.
     """
 
     model_id: ModelId
     size_bytes: int
     tier: Tier
     restart_s: float
+    prefill_s: float
     run_s: float
     limit: int
     num_replicas: int
@@ -37,35 +39,46 @@ class Facts:
     last_arrival_at: float | None
     keep_alive_s: float
     """The model's own, or the server's."""
+    has_own_keep_alive: bool
     scaling: Scaling
+    """max_replicas is never None here, and at least min_replicas."""
     forecast: SeriesForecast | None = None
-    """None without one, and when the last one is too old to be trusted."""
+    """The newest that came, however old."""
+
+    @property
+    def max_replicas(self) -> int:
+        assert self.scaling.max_replicas is not None
+        return self.scaling.max_replicas
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
     """What the model deserves.
 
-    replicas: wanted now. More than there are means a start ahead of requests where there is room;
-    it never takes a worker from a model with requests. keep_until: when idle replicas beyond the
-    wanted number stop. start_at: when to ask again because a start may be due, with no other
-    event. tier: where the bytes should be at least (DISK lets them leave DRAM first).
-    value: seconds of waiting that having the bytes in DRAM saves in the forecast's horizon, for
-    ranking models under a byte budget; None leaves that to recency.
+    replicas: wanted now. More than there are means a start ahead of requests, where there is room
+    or where it is worth more than what would give way; requests that wait get their replica in any
+    case. keep_idle_s: replicas beyond the wanted number stop when they have been idle for so long.
+    review_at: when to ask again at the latest. rate_per_s: starts that are to be expected per
+    second, which ranks the model's bytes and idle replicas among others'; None leaves that to how
+    recently it was used.
     """
 
     replicas: int
-    keep_until: float
-    start_at: float = math.inf
-    tier: Tier = Tier.DRAM
-    value: float | None = None
+    keep_idle_s: float
+    review_at: float = math.inf
+    rate_per_s: float | None = None
     reason: str = ""
 
 
 class Policy(Protocol):
-    """Decides how many replicas each model has, and until when. `name` is what reports call it."""
+    """Decides how many replicas each model has, and until when.
+
+    name: what reports call it. shares_slots: whether an idle replica gives way to a request of
+    another model before its time is over.
+    """
 
     name: str
+    shares_slots: bool
 
     def arrived(self, model_id: ModelId, now: float) -> None:
         """A request for the model has arrived. Called for each, so it must cost next to nothing."""
@@ -74,3 +87,14 @@ class Policy(Protocol):
 
     def forget(self, model_id: ModelId) -> None:
         """The model was deleted."""
+
+
+def clamp(replicas: int, facts: Facts) -> int:
+    """Within the model's bounds."""
+    return min(max(replicas, facts.scaling.min_replicas), facts.max_replicas)
+
+
+def replicas_for_load(facts: Facts) -> int:
+    """Replicas that the requests which run and wait now need, each taking its target at once."""
+    each = facts.scaling.target or facts.limit
+    return -(-(facts.in_flight + facts.waiting) // max(each, 1))

@@ -19,6 +19,14 @@ def size(num_bytes: float) -> str:
     return f"{value:.1f} TB"
 
 
+def rate(per_s: float) -> str:
+    """2.1/s, 0.30/min, 12/h, 3.5/day."""
+    for unit, seconds_each in (("s", 1.0), ("min", 60.0), ("h", 3600.0)):
+        if per_s * seconds_each >= 0.1:
+            return f"{per_s * seconds_each:.2g}/{unit}"
+    return f"{per_s * 86400:.2g}/day"
+
+
 def count(number: int, noun: str) -> str:
     """1 worker, 2 workers."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

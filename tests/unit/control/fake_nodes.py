@@ -14,6 +14,7 @@ from flashserve.control.controller import Controller
 from flashserve.messages import commands, events
 from flashserve.messages.events import Event, NodeEvent
 from flashserve.policy.cost import EXTENT_BYTES, extent_bytes
+from flashserve.policy.plans import Policy
 from flashserve.types import (
     ModelId,
     ModelSpec,
@@ -127,8 +128,8 @@ class Sent:
 class Fleet:
     """A controller with fake nodes, a clock that only moves when told to, and the truth."""
 
-    def __init__(self, settings: PolicySettings) -> None:
-        self.controller = Controller(settings)
+    def __init__(self, settings: PolicySettings, policy: Policy | None = None) -> None:
+        self.controller = Controller(settings, policy=policy)
         self.settings = settings
         self.now = 0.0
         self.nodes: dict[NodeId, FakeNode] = {}

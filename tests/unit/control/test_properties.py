@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -10,9 +11,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.unit.control.fake_nodes import Fleet, model, node
 
 from flashserve.config import PolicySettings
-from flashserve.control.records import Status
+from flashserve.control.records import Model, Status
 from flashserve.messages import events
-from flashserve.types import ModelId, ModelSpec, NodeId, Tier
+from flashserve.policy import baselines
+from flashserve.policy.cost import Prices
+from flashserve.policy.histogram import HybridHistogram
+from flashserve.policy.plans import Policy
+from flashserve.policy.scaling import Predictive
+from flashserve.types import ModelId, ModelSpec, NodeId, Scaling, SeriesForecast, Tier
 
 MODELS = [
     model("a"),
@@ -26,6 +32,17 @@ NAMES = st.sampled_from([spec.model_id for spec in MODELS])
 NODES = {"n1": node("n1", 2, 6, max_sequences=3), "n2": node("n2", 1, 5, max_sequences=3)}
 NODE_NAMES = st.sampled_from(sorted(NODES))
 TIERS = st.sampled_from([Tier.DISK, Tier.DRAM])
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "keep-alive": baselines.FixedKeepAlive,
+    "always-on": baselines.AlwaysOn,
+    "reactive": baselines.Reactive,
+    "serverlessllm": baselines.ServerlessLlm,
+    "histogram": HybridHistogram,
+    "flashserve": lambda: Predictive(Prices()),
+    "flashserve, starts dear": lambda: Predictive(Prices(wait_per_s=100.0)),
+}
+SCALINGS = [Scaling(), Scaling(0, 1), Scaling(1, 1), Scaling(1, 2), Scaling(0, 3, 1)]
+LEADS = (60.0, 300.0, 1800.0)
 
 
 class Anything(RuleBasedStateMachine):
@@ -42,6 +59,8 @@ class Anything(RuleBasedStateMachine):
         queue_limit=st.sampled_from([3, 50]),
         deadline=st.sampled_from([5.0, 1e5]),
         keep_alive=st.sampled_from([0.0, 5.0, 300.0]),
+        policy=st.sampled_from(sorted(POLICIES)),
+        max_replicas=st.sampled_from([None, 2]),
     )
     def begin(
         self,
@@ -50,6 +69,8 @@ class Anything(RuleBasedStateMachine):
         queue_limit: int,
         deadline: float,
         keep_alive: float,
+        policy: str,
+        max_replicas: int | None,
     ) -> None:
         self.fleet = Fleet(
             PolicySettings(
@@ -58,7 +79,9 @@ class Anything(RuleBasedStateMachine):
                 queue_limit=queue_limit,
                 deadline_s=deadline,
                 keep_alive_s=keep_alive,
-            )
+                max_replicas=max_replicas,
+            ),
+            POLICIES[policy](),
         )
         for spec in MODELS:
             self.fleet.tell(events.ModelDeployed(spec))
@@ -150,6 +173,21 @@ class Anything(RuleBasedStateMachine):
     def deploy(self, spec: ModelSpec, source: str) -> None:
         self.fleet.tell(events.ModelDeployed(dataclasses.replace(spec, source=source)))
 
+    @rule(
+        name=NAMES,
+        p=st.sampled_from([0.0, 0.01, 0.5, 1.0, 7.0, float("nan")]),
+        count=st.sampled_from([0.0, 3.0, 1e9, float("inf")]),
+        age=st.sampled_from([0.0, 30.0, 1e4, -1e4]),
+    )
+    def forecast(self, name: ModelId, p: float, count: float, age: float) -> None:
+        made_at = self.fleet.now - age
+        said = SeriesForecast(name, made_at, LEADS, (p,) * 3, (count,) * 3, (count,) * 3)
+        self.fleet.tell(events.ForecastReady((said,)))
+
+    @rule(name=st.sampled_from(["a", "b", "d"]), scaling=st.sampled_from(SCALINGS))
+    def bound(self, name: str, scaling: Scaling) -> None:
+        self.fleet.tell(events.BoundsChanged(ModelId(name), scaling))
+
     @rule(name=NAMES)
     def delete(self, name: ModelId) -> None:
         self.fleet.tell(events.ModelDeleted(name))
@@ -180,25 +218,29 @@ def check_accounts(fleet: Fleet) -> None:
         assert known.used_bytes == sum(r.num_bytes for r in known.resident.values())
         assert known.used_bytes <= known.capacity_bytes
         assert fake.dram.items() <= {m: r.num_bytes for m, r in known.resident.items()}.items()
-        pinned = {r.model_id for r in known.replicas.values() if not r.is_idle}
+        pinned = {r.model_id for r in known.replicas.values() if not r.is_spare}
+        assert known.num_staging == sum(r.is_staging for r in known.resident.values())
         pinned |= {m for m, resident in known.resident.items() if resident.is_staging}
         assert {m for m, r in known.resident.items() if r.is_pinned} == pinned
         assert known.pinned_bytes == sum(known.resident[m].num_bytes for m in pinned)
         held = {r.model_id for r in known.replicas.values()}
         assert set(known.evictable) == set(known.resident) - pinned - held
-        assert set(known.idle) == {r.replica_id for r in known.replicas.values() if r.is_idle}
+        assert set(known.idle) == {r.replica_id for r in known.replicas.values() if r.is_spare}
         assert (fake.spec.node_id in state.free_nodes) == (known.free_slots > 0)
         for model_id in known.claims:
             assert state.models[model_id].claim == fake.spec.node_id
         for replica in known.replicas.values():
             assert not replica.is_yielding or known.claims
             assert replica.status is not Status.DRAINING or replica.in_flight
-    assert set(state.idle) == {r.replica_id for r in state.replicas.values() if r.is_idle}
+    assert not state.unplanned
+    assert set(state.idle) == {r.replica_id for r in state.replicas.values() if r.is_spare}
     assert set(state.busy) == {
         r.replica_id for r in state.replicas.values() if r.status is Status.READY and r.in_flight
     }
     assert set(state.line.models) == {m for m, known in state.models.items() if known.is_wanting}
     for known_model in state.models.values():
+        if not known_model.is_deleted:
+            check_bounds(fleet, known_model)
         assert known_model.num_running == sum(
             len(r.in_flight) for r in known_model.replicas.values()
         )
@@ -209,6 +251,16 @@ def check_accounts(fleet: Fleet) -> None:
         assert set(known_model.dram_nodes) == {
             n for n, known in state.nodes.items() if known_model.model_id in known.resident
         }
+
+
+def check_bounds(fleet: Fleet, known: Model) -> None:
+    """No more replicas than the model may have were started; idle ones beyond that are stopped."""
+    scaling = known.spec.scaling
+    most = max(scaling.max_replicas or fleet.settings.max_replicas or 1, scaling.min_replicas)
+    assert known.plan.replicas <= most
+    kept = [r for r in known.replicas.values() if r.is_kept]
+    if fleet.controller._state.policy.shares_slots:
+        assert len(kept) <= scaling.min_replicas
 
 
 def settle(fleet: Fleet) -> None:

@@ -99,7 +99,7 @@ def test_a_warm_request_is_dispatched_at_once() -> None:
     assert dispatch.tier is Tier.DEVICE
     assert dispatch.startup is None
     assert dispatch.predicted == Phases(prefill_s=0.3)
-    assert dispatch.reason == "a#1 is least loaded: 1 of 32"
+    assert dispatch.reason == "a#1 is the only one: 1 of 32"
 
 
 def test_bytes_that_stayed_in_dram_make_the_next_start_a_dram_hit() -> None:

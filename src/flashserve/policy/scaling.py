@@ -1,0 +1,170 @@
+"""FlashServe's policy: what a forecast is worth, in money, decides what is warm and for how long.
+
+A minute of an idle replica costs what its accelerator costs. A request that finds none waits for a
+start, which has a price as well, and the nearer its bytes the lower: a model in DRAM may sleep
+sooner than one that would come from disk. A model is warm through the next window when the price of
+a start times the chance of a request exceeds that of the idle window times the chance of none.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+
+from flashserve.policy import text
+from flashserve.policy.cost import Prices
+from flashserve.policy.plans import Facts, Plan, clamp, replicas_for_load
+from flashserve.types import ModelId, SeriesForecast
+
+WINDOW_S = 60.0
+"""Forecasts come once in so many seconds, so a decision holds for so long."""
+_LATE_S = 20.0
+"""So much later than due a forecast may be before it is missed."""
+_MAX_AGE = 0.5
+"""A forecast may be used for this share of its longest lead, if nothing arrived since."""
+_MAX_P = 1 - 1e-9
+_NORMAL = statistics.NormalDist()
+_UPPER_SCORE = _NORMAL.inv_cdf(0.9)
+"""Of the level of SeriesForecast.upper."""
+
+
+class Predictive:
+    """Warm where the expected cost of a cold start exceeds that of an idle window.
+
+    The wanted number of replicas is the larger of what runs and waits now and of what the forecast
+    says will run, at the quantile where one replica too few costs as much as one too many. Without
+    a forecast that can be trusted the keep-alive decides, as it does for a model that was given one
+    of its own.
+    """
+
+    name = "flashserve"
+    shares_slots = True
+
+    def __init__(self, prices: Prices, window_s: float = WINDOW_S) -> None:
+        self._prices = prices
+        self._window_s = window_s
+
+    def arrived(self, model_id: ModelId, now: float) -> None:
+        pass
+
+    def forget(self, model_id: ModelId) -> None:
+        pass
+
+    def plan(self, facts: Facts, now: float) -> Plan:
+        by_load = replicas_for_load(facts)
+        forecast = facts.forecast
+        if forecast is None or not self._is_trusted(forecast, facts, now):
+            reason = f"no forecast: keep-alive {text.seconds(facts.keep_alive_s)}"
+            return Plan(clamp(by_load, facts), facts.keep_alive_s, reason=reason)
+        next_due = forecast.made_at + self._window_s + _LATE_S
+        if facts.last_arrival_at is not None and facts.last_arrival_at > forecast.made_at:
+            return self._until_next(facts, by_load, next_due, rate_of(forecast, now))
+        return self._by_chance(facts, forecast, by_load, now)
+
+    def _is_trusted(self, forecast: SeriesForecast, facts: Facts, now: float) -> bool:
+        """Recent enough, and not made long before an arrival that a later one should have seen."""
+        if not is_sound(forecast):
+            return False
+        age_s = now - forecast.made_at
+        seen_s = (facts.last_arrival_at or -math.inf) - forecast.made_at
+        limit_s = forecast.leads_s[-1] * _MAX_AGE
+        if seen_s > 0:
+            limit_s = min(limit_s, 2 * self._window_s + _LATE_S)
+        return -_LATE_S <= age_s <= limit_s
+
+    def _until_next(self, facts: Facts, by_load: int, next_due: float, rate: float) -> Plan:
+        """Something arrived since the forecast was made: keep what there is until the next one."""
+        kept = max(by_load, min(facts.num_replicas, 1))
+        keep_s = self._keep_s(facts)
+        reason = "requests since the last forecast: kept until the next one"
+        return Plan(clamp(kept, facts), keep_s, next_due, rate, reason)
+
+    def _by_chance(self, facts: Facts, forecast: SeriesForecast, by_load: int, now: float) -> Plan:
+        rate = rate_of(forecast, now)
+        p = chance(forecast, now, self._window_s + facts.restart_s)
+        cold = self._prices.cold_start(facts.restart_s, facts.prefill_s)
+        idle = self._prices.gpu_per_s * self._window_s
+        if not facts.num_replicas:  # a start that nobody uses costs its own time as well
+            idle += self._prices.gpu_per_s * facts.restart_s
+        is_worth = p * cold > (1 - p) * idle
+        numbers = (
+            f"P(request in {text.seconds(self._window_s + facts.restart_s)}) {p:.2g}: "
+            f"start {p * cold:.2g} {'>' if is_worth else '≤'} idle {(1 - p) * idle:.2g}"
+        )
+        if not is_worth:
+            keep_s = facts.keep_alive_s if facts.has_own_keep_alive else 0.0
+            return Plan(clamp(by_load, facts), keep_s, rate_per_s=rate, reason=numbers)
+        ahead = self._by_forecast(facts, forecast, cold)
+        wanted = clamp(max(by_load, ahead), facts)
+        reason = f"{numbers}; {text.count(wanted, 'replica')} for {ahead} forecast, {by_load} now"
+        return Plan(wanted, self._keep_s(facts), now + self._window_s, rate, reason)
+
+    def _by_forecast(self, facts: Facts, forecast: SeriesForecast, cold: float) -> int:
+        """Replicas for what will run at once (Little's law), at the quantile of the costs."""
+        over = self._prices.gpu_per_s * self._window_s
+        count = quantile_count(forecast, self._window_s, cold / (cold + over))
+        at_once = count / self._window_s * facts.run_s
+        return max(1, math.ceil(at_once / max(facts.scaling.target or facts.limit, 1)))
+
+    def _keep_s(self, facts: Facts) -> float:
+        """Of replicas beyond the wanted ones: as long as another start costs (ski rental)."""
+        if facts.has_own_keep_alive:
+            return facts.keep_alive_s
+        cold = self._prices.cold_start(facts.restart_s, facts.prefill_s)
+        return min(cold / max(self._prices.gpu_per_s, 1e-12), self._window_s)
+
+
+def is_sound(forecast: SeriesForecast) -> bool:
+    """Leads that ascend, and numbers that a distribution can have."""
+    num = len(forecast.leads_s)
+    parts = (forecast.p_arrival, forecast.mean, forecast.upper)
+    if not num or any(len(part) != num for part in parts):
+        return False
+    leads = forecast.leads_s
+    if not (leads[0] > 0 and all(a < b for a, b in itertools.pairwise(leads))):
+        return False
+    return (
+        math.isfinite(leads[-1])
+        and math.isfinite(forecast.made_at)
+        and all(0 <= p <= 1 for p in forecast.p_arrival)
+        and all(math.isfinite(x) and x >= 0 for x in (*forecast.mean, *forecast.upper))
+    )
+
+
+def chance(forecast: SeriesForecast, now: float, lead_s: float) -> float:
+    """P(arrival in [now, now + lead_s]), given that nothing arrived since the forecast was made."""
+    age_s = max(now - forecast.made_at, 0.0)
+    hazards = [-math.log1p(-min(p, _MAX_P)) for p in forecast.p_arrival]
+    gone = at_lead(forecast.leads_s, hazards, age_s)
+    return -math.expm1(gone - at_lead(forecast.leads_s, hazards, age_s + lead_s))
+
+
+def rate_of(forecast: SeriesForecast, now: float) -> float:
+    """Starts to expect per second from now on: the mean hazard over the rest of the leads.
+
+    That is not the rate of requests: a burst needs one start.
+    """
+    left_s = max(forecast.leads_s[-1] - max(now - forecast.made_at, 0.0), WINDOW_S)
+    return -math.log1p(-min(chance(forecast, now, left_s), _MAX_P)) / left_s
+
+
+def quantile_count(forecast: SeriesForecast, lead_s: float, level: float) -> float:
+    """The count within a lead that is not exceeded with probability `level`.
+
+    From the mean and the 90 % quantile as those of a normal distribution; levels are taken as
+    within [0.01, 0.99], beyond which two numbers say nothing of a distribution.
+    """
+    score = _NORMAL.inv_cdf(min(max(level, 0.01), 0.99))
+    mean = at_lead(forecast.leads_s, forecast.mean, lead_s)
+    upper = max(at_lead(forecast.leads_s, forecast.upper, lead_s), mean)
+    return max(mean + score / _UPPER_SCORE * (upper - mean), 0.0)
+
+
+def at_lead(leads_s: Sequence[float], values: Sequence[float], at: float) -> float:
+    """Linear between the leads and from zero at lead 0; at the last slope beyond them."""
+    right = min(bisect.bisect_left(leads_s, at), len(leads_s) - 1)
+    left_s, left = (leads_s[right - 1], values[right - 1]) if right else (0.0, 0.0)
+    return left + (values[right] - left) * (at - left_s) / (leads_s[right] - left_s)

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.unit.policy.facts import LEADS, facts, forecast
+
+from flashserve.policy.cost import Prices
+from flashserve.policy.scaling import Predictive, at_lead, chance, is_sound, quantile_count, rate_of
+from flashserve.types import ModelId, Scaling, SeriesForecast
+
+# A second of waiting costs as much as a minute of idling: a start of a second balances one window.
+PRICES = Prices(gpu_per_s=1 / 60, wait_per_s=1.0, slo_miss=0.0)
+
+
+def policy() -> Predictive:
+    return Predictive(PRICES)
+
+
+def test_a_model_is_warm_when_a_cold_start_is_expected_to_cost_more_than_idling() -> None:
+    likely = policy().plan(facts(forecast=forecast(0.6)), now=0.0)
+    assert likely.replicas == 1
+    assert likely.review_at == 60.0
+    assert "P(request in 61 s) 0.61: start 0.61 > idle 0.4" in likely.reason
+    unlikely = policy().plan(facts(forecast=forecast(0.4)), now=0.0)
+    assert unlikely.replicas == 0
+    assert unlikely.keep_idle_s == 0.0
+    assert "≤ idle" in unlikely.reason
+
+
+def test_a_start_ahead_must_also_pay_for_its_own_loading() -> None:
+    slow = facts(restart_s=30.0, forecast=forecast(0.024))
+    prices = Prices(gpu_per_s=1 / 60, wait_per_s=1.0, slo_miss=0.0)
+    assert Predictive(prices).plan(dataclasses.replace(slow, num_replicas=1), 0.0).replicas == 1
+    assert Predictive(prices).plan(slow, 0.0).replicas == 0
+
+
+def test_the_nearer_the_bytes_the_sooner_a_model_may_sleep() -> None:
+    said = forecast(0.1)
+    near = policy().plan(facts(num_replicas=1, restart_s=0.3, forecast=said), 0.0)
+    far = policy().plan(facts(num_replicas=1, restart_s=20.0, forecast=said), 0.0)
+    assert (near.replicas, far.replicas) == (0, 1)
+
+
+def test_a_start_that_misses_the_slo_is_dearer() -> None:
+    prices = Prices(gpu_per_s=1 / 60, wait_per_s=0.01, slo_miss=10.0, slo_s=1.0)
+    said = forecast(0.2)
+    assert Predictive(prices).plan(facts(restart_s=0.5, forecast=said), 0.0).replicas == 0
+    assert Predictive(prices).plan(facts(restart_s=1.5, forecast=said), 0.0).replicas == 1
+
+
+def test_without_a_forecast_the_keep_alive_decides() -> None:
+    plan = policy().plan(facts(num_replicas=1), now=0.0)
+    assert (plan.replicas, plan.keep_idle_s) == (0, 300.0)
+    assert plan.reason == "no forecast: keep-alive 300 s"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        forecast(0.9, made_at=-2000.0),  # over half of its longest lead ago
+        forecast(0.9, made_at=500.0),  # from the future: the clock was set back
+        dataclasses.replace(forecast(0.9), p_arrival=(math.nan,) * len(LEADS)),
+        dataclasses.replace(forecast(0.9), p_arrival=(1.5,) * len(LEADS)),
+        dataclasses.replace(forecast(0.9), upper=(math.inf,) * len(LEADS)),
+        dataclasses.replace(forecast(0.9), leads_s=LEADS[::-1]),
+        dataclasses.replace(forecast(0.9), mean=()),
+    ],
+)
+def test_a_forecast_that_is_old_or_no_distribution_counts_as_none(said: SeriesForecast) -> None:
+    assert policy().plan(facts(forecast=said), 0.0).reason.startswith("no forecast")
+
+
+def test_after_new_requests_a_replica_stays_until_the_next_forecast_has_seen_them() -> None:
+    known = facts(num_replicas=1, last_arrival_at=30.0, forecast=forecast(0.0001))
+    plan = policy().plan(known, now=40.0)
+    assert plan.replicas == 1
+    assert plan.review_at == 80.0  # the next one is due at 60 s, and 20 s late at the latest
+
+
+def test_when_forecasts_stop_coming_the_keep_alive_takes_over() -> None:
+    known = facts(num_replicas=1, last_arrival_at=30.0, forecast=forecast(0.0001))
+    assert policy().plan(known, now=150.0).reason == "no forecast: keep-alive 300 s"
+
+
+def test_a_model_s_own_keep_alive_is_kept_and_starts_ahead_come_on_top() -> None:
+    own = facts(num_replicas=1, keep_alive_s=900.0, has_own_keep_alive=True)
+    unlikely = policy().plan(dataclasses.replace(own, forecast=forecast(0.001)), 0.0)
+    assert (unlikely.replicas, unlikely.keep_idle_s) == (0, 900.0)
+    likely = policy().plan(dataclasses.replace(own, num_replicas=0, forecast=forecast(0.9)), 0.0)
+    assert likely.replicas == 1
+
+
+def test_replicas_are_the_larger_of_what_runs_and_what_is_forecast() -> None:
+    quiet = facts(num_replicas=1, forecast=forecast(0.99, mean=300.0))  # 20 at once, 8 in each
+    assert policy().plan(quiet, 0.0).replicas == 3
+    busy = dataclasses.replace(quiet, in_flight=20, waiting=9)
+    assert policy().plan(busy, 0.0).replicas == 4
+    aimed = dataclasses.replace(quiet, scaling=Scaling(0, 9, target=4))
+    assert policy().plan(aimed, 0.0).replicas == 5
+
+
+def test_a_forecast_that_lies_is_bounded_by_the_model_s_bounds() -> None:
+    lie = forecast(1.0, mean=1e9, upper=1e9)
+    assert policy().plan(facts(forecast=lie), 0.0).replicas == 4
+    nothing = forecast(0.0)
+    plan = policy().plan(facts(forecast=nothing, waiting=3, scaling=Scaling(2, 4)), 0.0)
+    assert plan.replicas == 2
+
+
+def test_the_quantile_lies_where_one_too_few_costs_as_much_as_one_too_many() -> None:
+    said = forecast(0.9, mean=100.0, upper=150.0)
+    assert quantile_count(said, 60.0, 0.5) == pytest.approx(100.0)
+    assert quantile_count(said, 60.0, 0.9) == pytest.approx(150.0)
+    assert quantile_count(said, 60.0, 0.01) < 100.0
+    assert quantile_count(said, 60.0, 0.0) >= 0.0
+
+
+def test_chances_are_read_between_the_leads_and_given_that_nothing_came_so_far() -> None:
+    said = forecast(0.1)
+    assert chance(said, 0.0, 60.0) == pytest.approx(0.1)
+    assert chance(said, 0.0, 90.0) == pytest.approx(1 - 0.9**1.5)
+    assert chance(said, 600.0, 60.0) == pytest.approx(0.1)
+    assert rate_of(said, 0.0) == pytest.approx(-math.log(0.9) / 60)
+
+
+@given(
+    p=st.lists(st.floats(0, 1), min_size=6, max_size=6).map(sorted),
+    age=st.floats(0, 4000),
+    lead=st.floats(0.1, 4000),
+)
+def test_a_chance_is_one_whatever_was_forecast(p: list[float], age: float, lead: float) -> None:
+    said = SeriesForecast(ModelId("m"), 0.0, LEADS, tuple(p), (0.0,) * 6, (0.0,) * 6)
+    assert is_sound(said)
+    assert 0 <= chance(said, age, lead) <= 1
+    assert 0 <= chance(said, age, lead) <= chance(said, age, lead * 2) + 1e-12
+    assert rate_of(said, age) >= 0
+
+
+def test_values_are_read_from_zero_at_lead_zero_and_beyond_the_last_at_its_slope() -> None:
+    assert at_lead((10.0, 20.0), (1.0, 3.0), 5.0) == 0.5
+    assert at_lead((10.0, 20.0), (1.0, 3.0), 15.0) == 2.0
+    assert at_lead((10.0, 20.0), (1.0, 3.0), 30.0) == 5.0
