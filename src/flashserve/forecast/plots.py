@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
-from flashserve.errors import InputError
 from flashserve.forecast import backtest, decisions, scores
 from flashserve.forecast.backtest import LEADS, Forecasts
 from flashserve.forecast.core import QUANTILE_LEVELS, ArrivalModel, History
+from flashserve.forecast.pages import drawn
 from flashserve.forecast.summary import Ran
 from flashserve.forecast.traces import DAY
 
@@ -19,10 +18,9 @@ _FAN_LEADS = tuple(range(1, 61))
 _COMPONENT_STEP = 5
 _SHOWN_MINUTES = 480
 _COLD_COST = 30
-_SIZE = (7.2, 4.0)
 
 
-def all_plots(ran: Ran, best: str) -> dict[str, str]:
+def all_plots(ran: Ran, best: str) -> dict[str, Markup]:
     """SVG by title. best: the model whose forecasts are shown where one is.
 
     Raises:
@@ -31,33 +29,18 @@ def all_plots(ran: Ran, best: str) -> dict[str, str]:
     model, forecasts = next(pair for pair in ran.models if pair[0].name == best)
     example = _example(ran)
     return {
-        "What share of cold starts costs how much idle time": _drawn(lambda a: _frontier(a, ran)),
-        f"Do the chances of {best} come true?": _drawn(lambda a: _reliability(a, ran, forecasts)),
-        f"Chance of an arrival against the age since the last one ({best})": _drawn(
+        "What share of cold starts costs how much idle time": drawn(lambda a: _frontier(a, ran)),
+        f"Do the chances of {best} come true?": drawn(lambda a: _reliability(a, ran, forecasts)),
+        f"Chance of an arrival against the age since the last one ({best})": drawn(
             lambda a: _hazard(a, ran, forecasts)
         ),
-        f"The next hour of one series, as {best} saw it": _drawn(
+        f"The next hour of one series, as {best} saw it": drawn(
             lambda a: _fan(a, ran, model, example)
         ),
-        f"What the forecasts of {best} are made of": _drawn(
+        f"What the forecasts of {best} are made of": drawn(
             lambda a: _components(a, ran, model, example)
         ),
     }
-
-
-def _drawn(draw: Callable[[Any], None]) -> str:
-    try:
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("drawing needs matplotlib: install flashserve[forecast]") from None
-    figure = Figure(figsize=_SIZE, layout="constrained")
-    FigureCanvasSVG(figure)
-    draw(figure.add_subplot())
-    text = io.StringIO()
-    figure.savefig(text, format="svg")
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]
 
 
 def _example(ran: Ran) -> int:

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import jinja2
-
-from flashserve.forecast import plots
+from flashserve.forecast import pages, plots
 from flashserve.forecast.summary import Ran, Row
 
 _PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <title>Backtest of {{ s.trace }}</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; }
-svg { max-width: 100%; height: auto; }
-</style>
+<style>{{ style }}</style>
 <h1>Backtest of {{ s.trace }}</h1>
 <p>Fitted on {{ s.num_fitted }} series and the first {{ s.fitted_minutes }} minutes, thresholds
 included; reported on {{ s.num_reported }} series and the {{ s.reported_minutes }} minutes after a
@@ -41,30 +33,18 @@ and the mean distance between what was said and what came.</p>
 </html>
 """
 
-_TABLE = """<table><tr>{% for cell in head %}<th>{{ cell }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</table>"""
-
 
 def page(ran: Ran) -> str:
     """Raises InputError where matplotlib is not installed."""
-    environment = jinja2.Environment(autoescape=True)
-    table = environment.from_string(_TABLE)
-    markup = {
-        "decisions": table.render(head=DECISION_COLUMNS, rows=decision_rows(ran.summary.rows)),
-        "losses": table.render(head=LOSS_COLUMNS, rows=loss_rows(ran.summary.rows)),
+    rows = ran.summary.rows
+    values = {
+        "s": ran.summary,
+        "style": pages.STYLE,
+        "decisions": pages.table(DECISION_COLUMNS, decision_rows(rows)),
+        "losses": pages.table(LOSS_COLUMNS, loss_rows(rows)),
+        "drawings": plots.all_plots(ran, best_model(rows)),
     }
-    drawings = plots.all_plots(ran, best_model(ran.summary.rows))
-    safe = {title: _safe(svg) for title, svg in drawings.items()}
-    tables = {name: _safe(text) for name, text in markup.items()}
-    return environment.from_string(_PAGE).render(s=ran.summary, drawings=safe, **tables)
-
-
-def _safe(text: str) -> object:
-    """Markup that was escaped where it was made: by the template above, or by the drawer."""
-    from markupsafe import Markup
-
-    return Markup(text)  # noqa: S704
+    return pages.render(_PAGE, values)
 
 
 def best_model(rows: list[Row]) -> str:
