@@ -7,7 +7,7 @@ Minutes are whole minutes since 1970 (UTC), or since the start of a trace.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -42,19 +42,47 @@ class History:
         return History(self.names, self.start, self.counts[:, : max(minute - self.start, 0)])
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+Rows = npt.NDArray[np.intp] | slice
+
+
 class Prediction:
     """Counts of each series in [end, end + lead) for each lead, as distributions.
 
     p_arrival: [series, leads], P(count >= 1). mean: [series, leads]. quantiles:
-    [series, leads, QUANTILE_LEVELS] of the count. components: by name (trend, daily, weekly,
+    [series, leads, QUANTILE_LEVELS] of the count, or a function that makes those of some series:
+    they cost the most and are made only for who asks. components: by name (trend, daily, weekly,
     residual, hazard), [series], what the forecast is made of, as far as the model knows.
     """
 
-    p_arrival: Floats
-    mean: Floats
-    quantiles: Floats
-    components: dict[str, Floats] = dataclasses.field(default_factory=dict)
+    __slots__ = ("_quantiles", "components", "mean", "p_arrival")
+
+    def __init__(
+        self,
+        p_arrival: Floats,
+        mean: Floats,
+        quantiles: Floats | Callable[[Rows], Floats],
+        components: dict[str, Floats] | None = None,
+    ) -> None:
+        self.p_arrival = p_arrival
+        self.mean = mean
+        self.components = components or {}
+        self._quantiles = quantiles
+
+    @property
+    def quantiles(self) -> Floats:
+        if callable(self._quantiles):
+            self._quantiles = self._quantiles(slice(None))
+        return self._quantiles
+
+    def take(self, rows: npt.NDArray[np.intp]) -> Prediction:
+        """The same of some series only, in the order of `rows`."""
+        made = self._quantiles
+        return Prediction(
+            self.p_arrival[rows],
+            self.mean[rows],
+            (lambda some: made(rows[some])) if callable(made) else made[rows],
+            {name: part[rows] for name, part in self.components.items()},
+        )
 
 
 class ArrivalModel(Protocol):

@@ -76,17 +76,25 @@ def hurdle_prediction(
     extra = np.clip(np.nan_to_num(extra, posinf=MAX_COUNT), 0.0, MAX_COUNT)
     shape = np.nan_to_num(shape, nan=1.0)
     mean = np.maximum.accumulate(p * (1 + extra), axis=1)
+    return Prediction(
+        p, mean, lambda rows: _quantiles(p[rows], extra[rows], shape[rows]), components
+    )
+
+
+def _quantiles(p: Floats, extra: Floats, shape: Floats) -> Floats:
+    """[series, leads, QUANTILE_LEVELS]."""
     quantiles = np.zeros((*p.shape, len(QUANTILE_LEVELS)))
     for index, level in enumerate(QUANTILE_LEVELS):
-        # The level within the positive part; below zero the hurdle itself is not taken.
-        rest = (level - (1 - p)) / np.maximum(p, 1e-12)
-        above = 1 + negative_binomial_quantile(np.clip(rest, 1e-9, 1 - 1e-9), extra, shape)
-        quantiles[..., index] = np.where(rest > 0, above, 0.0)
-    quantiles = np.maximum.accumulate(np.maximum.accumulate(quantiles, axis=1), axis=2)
-    return Prediction(p, mean, quantiles, components or {})
+        # Below the level there is only zero; the rest is the level within the positive part.
+        above_zero = level - (1 - p)
+        at = above_zero > 0
+        rest = above_zero[at] / p[at]
+        above = negative_binomial_quantile(np.clip(rest, 1e-9, 1 - 1e-9), extra[at], shape[at])
+        quantiles[at, index] = 1 + above
+    return np.maximum.accumulate(np.maximum.accumulate(quantiles, axis=1), axis=2)
 
 
-def at_leads(known: Sequence[int], values: Floats, wanted: Sequence[int]) -> Floats:
+def at_leads(known: Sequence[int], values: Floats, wanted: Sequence[float]) -> Floats:
     """Values that grow with the lead, [series, known], read at other leads: [series, wanted].
 
     Linear between the known leads and from zero at lead 0; beyond the last, at its last slope.
@@ -99,7 +107,7 @@ def at_leads(known: Sequence[int], values: Floats, wanted: Sequence[int]) -> Flo
     return table[:, right - 1] * (1 - share) + table[:, right] * share
 
 
-def p_at_leads(known: Sequence[int], p: Floats, wanted: Sequence[int]) -> Floats:
+def p_at_leads(known: Sequence[int], p: Floats, wanted: Sequence[float]) -> Floats:
     """P(arrival) at other leads, from a hazard that is constant between the known ones."""
     cumulative = -np.log1p(-np.clip(p, 0.0, 1 - 1e-9))
     result: Floats = -np.expm1(-at_leads(known, cumulative, wanted))
