@@ -1,15 +1,17 @@
-"""A modelled node: it carries out orders in no time of ours, and says when each result is due.
+"""A modelled node: it carries out orders in virtual time, and says what becomes of them.
 
-What is modelled: bytes move at one rate per tier, each move by itself (moves do not slow each
-other down); a start takes the move, a free worker, the bind and a fixed rest; a request takes a
-fixed prefill and a fixed time per token, however many run beside it; a worker that is lost is
-replaced after a fixed time. Nothing is drawn at random.
+What is modelled: bytes that move share their path (links.py) and live within the budgets of DRAM
+and disk (storage.py); workers are claimed in order, and a model that sleeps in one starts sooner
+there (workers.py); requests run through the engine's own batching, or the same in closed form
+(steps.py); with `executes_while_loading` a replica is ready before its bytes are there, and its
+first step waits for them. Nothing is drawn at random.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import heapq
+import functools
+from collections.abc import Callable
 
 from flashserve.messages.commands import (
     Dispatch,
@@ -33,206 +35,420 @@ from flashserve.messages.events import (
     StageFailed,
     WorkersChanged,
 )
-from flashserve.policy.cost import extent_bytes
-from flashserve.types import ModelId, ModelSpec, NodeSpec, Phases, ReplicaId, Tier
+from flashserve.sim.closed import ClosedEngine
+from flashserve.sim.ledger import Account, Ledger, Use
+from flashserve.sim.links import CallAt, Move
+from flashserve.sim.profiles import THIS, EngineShape, Profile, Speeds, StepCosts
+from flashserve.sim.steps import AdapterSlots, EngineMaker, Job, SteppedEngine
+from flashserve.sim.storage import Resident, Storage
+from flashserve.sim.workers import Claim, Workers
+from flashserve.types import ModelSpec, NodeId, NodeSpec, Phases, ReplicaId, Tier
+
+Emit = Callable[[Event], None]
+_NUM_GROUPS = 32
+"""The copy to the device follows the bytes from disk by groups; one of them is left at the end."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Speeds:
-    """Rates and times of a modelled node. The defaults are of a two-core machine without a GPU."""
+@dataclasses.dataclass(slots=True, eq=False)
+class ModelledReplica:
+    """From the order to start it until its worker is free again."""
 
-    remote_bytes_per_s: float = 300e6
-    disk_bytes_per_s: float = 1.5e9
-    dram_bytes_per_s: float = 10e9
-    init_s: float = 0.1
-    stop_s: float = 0.02
-    worker_start_s: float = 2.0
-    prefill_s: float = 0.3
-    token_s: float = 0.07
-    num_tokens: int = 64
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Report:
-    """Something that the node will say at `at`, unless the replica it is about is gone by then."""
-
-    at: float
-    event: Event
-    epoch: int
-    replica_id: ReplicaId | None = None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Move:
-    """Bytes on their way to DRAM, or there."""
-
-    ends_at: float
-    fetch_s: float
-    dram_s: float
-    num_bytes: int
+    replica_id: ReplicaId
+    model: ModelSpec
+    account: Account
+    resident: Resident
+    ordered_at: float
+    claim: Claim | None = None
+    use: Use | None = None
+    since: float = 0.0
+    move: Move | None = None
+    engine: SteppedEngine | None = None
+    wake_at: float | None = None
+    num_jobs: int = 0
+    is_loading: bool = False
+    """Its worker has been told to load."""
+    is_open: bool = False
+    """Its weights are where it computes."""
+    is_gone: bool = False
 
 
 class ModelledNode:
-    """Everything a node keeps: bytes, workers, replicas."""
+    """`attach` it before anything else. Everything that it says goes to `emit`.
 
-    def __init__(self, spec: NodeSpec, speeds: Speeds) -> None:
+    Args:
+        costs: of steps of a model of their size; those of others follow from it.
+        make_engine: ClosedEngine, or engine.BatchedEngine, which is the real batching and slower.
+        adapter_size_bytes: of each adapter.
+    """
+
+    def __init__(
+        self,
+        spec: NodeSpec,
+        speeds: Speeds | None = None,
+        costs: StepCosts = THIS.costs,
+        engine: EngineShape | None = None,
+        *,
+        disk_bytes: int = THIS.disk_bytes,
+        ledger: Ledger | None = None,
+        make_engine: EngineMaker = ClosedEngine,
+        adapter_size_bytes: int = 64 << 20,
+    ) -> None:
+        shape = engine or EngineShape()
         self.spec = spec
-        self._speeds = speeds
-        self._reset(0.0)
+        self._speeds = speeds or Speeds()
+        self._costs = costs
+        self._shape = dataclasses.replace(shape, max_sequences=spec.max_sequences)
+        self._disk_bytes = disk_bytes
+        self._ledger = ledger or Ledger()
+        self._make_engine = make_engine
+        self._num_adapters = self._shape.adapter_bytes // adapter_size_bytes
+        self._call_at: CallAt
+        self._emit: Emit
 
-    def _reset(self, now: float) -> None:
+    @classmethod
+    def of(
+        cls,
+        profile: Profile,
+        node_id: NodeId,
+        ledger: Ledger | None = None,
+        make_engine: EngineMaker = ClosedEngine,
+    ) -> ModelledNode:
+        spec = NodeSpec(
+            node_id, 1, profile.num_workers, profile.dram_bytes, profile.engine.max_sequences
+        )
+        return cls(
+            spec,
+            profile.speeds,
+            profile.costs,
+            profile.engine,
+            disk_bytes=profile.disk_bytes,
+            ledger=ledger,
+            make_engine=make_engine,
+        )
+
+    def attach(self, call_at: CallAt, emit: Emit) -> None:
+        """Give it a clock and a listener; it is up and empty, and has said nothing yet."""
+        self._call_at = call_at
+        self._emit = emit
+        self._reset()
+
+    def _reset(self) -> None:
         self._is_up = True
-        self._on_disk: set[ModelId] = set()
-        self._in_dram: dict[ModelId, _Move] = {}
-        self._replicas: set[ReplicaId] = set()
-        self._free_at = [now] * self.spec.num_workers
+        self._storage = Storage(
+            self._call_at,
+            self._speeds,
+            self.spec.num_workers,
+            dram_bytes=self.spec.dram_bytes,
+            disk_bytes=self._disk_bytes,
+            ledger=self._ledger,
+            staged=self._say_staged,
+            left_disk=lambda model_id, _: self._emit(
+                Evicted(self.spec.node_id, model_id, Tier.DISK)
+            ),
+        )
+        self._replicas: dict[ReplicaId, ModelledReplica] = {}
+        self._stopping: set[ModelledReplica] = set()
+        self._workers = Workers(self.spec.num_workers, self._speeds.max_asleep)
         self._num_live = self.spec.num_workers
 
-    def join(self, now: float) -> list[Report]:
-        """The node comes up with all its workers started."""
-        self._reset(now)
-        return [
-            self._report(now, NodeJoined(self.spec)),
-            self._report(now, WorkersChanged(self.spec.node_id, self._num_live)),
-        ]
+    def join(self) -> None:
+        """Say that the node is there, with all its workers started."""
+        self._emit(NodeJoined(self.spec))
+        self._say_workers()
 
-    def holds(self, report: Report) -> bool:
-        """Whether a report that is due now is still true."""
-        if not self._is_up or report.epoch != self.spec.epoch:
-            return False
-        if isinstance(report.event, Staged) and report.event.tier is Tier.DRAM:
-            move = self._in_dram.get(report.event.model_id)
-            return move is not None and move.ends_at <= report.at
-        return report.replica_id is None or report.replica_id in self._replicas
-
-    def execute(self, command: NodeCommand, now: float) -> list[Report]:
+    def execute(self, command: NodeCommand, now: float) -> None:
         """Carry out an order; one of another epoch is ignored."""
         if command.epoch != self.spec.epoch or not self._is_up:
-            return []
+            return
         model_id = command.model.model_id
         match command:
             case StartReplica():
-                return self._start(command, now)
+                self._start(command, now)
             case StopReplica():
-                if command.replica_id in self._replicas:
-                    self._replicas.remove(command.replica_id)
-                    heapq.heappush(self._free_at, now + self._speeds.stop_s)
-                stopped = ReplicaStopped(command.node_id, command.replica_id, model_id)
-                return [self._report(now + self._speeds.stop_s, stopped)]
+                self._stop(command, now)
             case Stage():
-                return self._stage(command, now)
+                self._stage(command, now)
             case Evict():
-                self._in_dram.pop(model_id, None)
-                if command.tier is Tier.DISK:
-                    self._on_disk.discard(model_id)
-                return [self._report(now, Evicted(command.node_id, model_id, command.tier))]
+                self._storage.evict(model_id, command.tier, now)
+                self._emit(Evicted(command.node_id, model_id, command.tier))
 
-    def generate(self, command: Dispatch, now: float) -> list[Report]:
-        """Answer a request: the time of its last token."""
-        if command.replica_id not in self._replicas:
-            return []
-        speeds = self._speeds
-        ends_at = now + speeds.prefill_s + speeds.token_s * speeds.num_tokens
-        finished = RequestFinished(command.request_id, speeds.prefill_s)
-        return [Report(ends_at, finished, self.spec.epoch, command.replica_id)]
+    def generate(self, command: Dispatch, job: Job, now: float) -> None:
+        """Answer a request: RequestFinished follows, unless its replica is gone."""
+        replica = self._replicas.get(command.replica_id)
+        if replica is None or replica.engine is None:
+            return
+        if not job.num_emitted:
+            job.dispatched_at = now
+        replica.num_jobs += 1
+        if replica.use is Use.IDLE:
+            self._use(replica, Use.BUSY, now)
+        replica.engine.add(job, now)
+        self._plan(replica)
 
-    def suffer(self, event: Event, now: float) -> list[Report]:
-        """A fault from the script, which the controller is told as well."""
+    def suffer(self, event: Event, now: float) -> None:
+        """A fault, which the controller is told as well."""
         match event:
-            case NodeLost(epoch=self.spec.epoch):
-                self._is_up = False
+            case NodeLost(epoch=self.spec.epoch) if self._is_up:
+                self._go_down(now)
             case NodeJoined():
+                if self._is_up:
+                    self._go_down(now)
                 self.spec = event.node
-                self._reset(now)
-                return [self._report(now, WorkersChanged(self.spec.node_id, self._num_live))]
-            case ReplicaLost() if event.replica_id in self._replicas:
-                self._replicas.remove(event.replica_id)
-                return self._replace_worker(now)
-            case ReplicaFailed() if event.replica_id in self._replicas:
-                self._replicas.remove(event.replica_id)
-                heapq.heappush(self._free_at, now)
+                self._reset()
+                self._say_workers()
+            case ReplicaLost() if replica := self._replicas.pop(event.replica_id, None):
+                self._end(replica, now)
+                self._replace_worker(replica, now)
+            case ReplicaFailed() if replica := self._replicas.pop(event.replica_id, None):
+                self._end(replica, now)
+                self._free(replica, now)
             case _:
                 pass
-        return []
 
-    def _replace_worker(self, now: float) -> list[Report]:
-        ready_at = now + self._speeds.worker_start_s
-        heapq.heappush(self._free_at, ready_at)
-        fewer = WorkersChanged(self.spec.node_id, self._num_live - 1)
-        return [
-            self._report(now, fewer),
-            self._report(ready_at, WorkersChanged(self.spec.node_id, self._num_live)),
-        ]
+    def settle(self, now: float) -> None:
+        """Count what is held and used until now, at the end of a run."""
+        if not self._is_up:
+            return
+        self._storage.settle(now)
+        for replica in (*self._replicas.values(), *self._stopping):
+            if replica.use is not None:
+                self._use(replica, replica.use, now)
 
-    def _start(self, command: StartReplica, now: float) -> list[Report]:
-        assert self._free_at, "more replicas were ordered than the node has workers"
-        move, reports = self._move(command.model, now)
-        if move is None:
-            message = f"{self.spec.node_id} has no room for {command.model.model_id}"
-            model_id = command.model.model_id
-            failed = ReplicaFailed(
-                command.node_id, command.replica_id, model_id, "unavailable", message
+    # Starts
+
+    def _start(self, order: StartReplica, now: float) -> None:
+        resident = self._storage.hold(order.model, now)
+        if resident is None:
+            message = f"{self.spec.node_id} has no room for {order.model.model_id}"
+            model_id = order.model.model_id
+            self._emit(
+                ReplicaFailed(order.node_id, order.replica_id, model_id, "unavailable", message)
             )
-            return [self._report(now, failed)]
-        loading_at = max(now, move.ends_at, heapq.heappop(self._free_at))
-        self._replicas.add(command.replica_id)
-        device_s = command.model.size_bytes / self._speeds.dram_bytes_per_s
-        moved_s = max(0.0, move.ends_at - now)
-        dram_s = min(move.dram_s, moved_s)
-        phases = Phases(
-            place_s=loading_at - max(now, move.ends_at),
+            return
+        account = self._ledger.add_model(order.model)
+        replica = ModelledReplica(order.replica_id, order.model, account, resident, now)
+        self._replicas[order.replica_id] = replica
+        if not resident.is_loaded:
+            resident.waiting.append(functools.partial(self._bytes_there, replica))
+        claimed = functools.partial(self._claimed, replica)
+        replica.claim = self._workers.claim(order.model.model_id, claimed, now)
+        self._proceed(replica, now)
+
+    def _claimed(self, replica: ModelledReplica, now: float) -> None:
+        self._use(replica, Use.LOADING, now)
+        if replica.claim is not None:  # else `_start` goes on itself
+            self._proceed(replica, now)
+
+    def _bytes_there(self, replica: ModelledReplica, now: float) -> None:
+        if replica.is_gone:
+            return
+        if replica.is_loading:
+            self._copy(replica, replica.model.size_bytes / _NUM_GROUPS, self._opened, now)
+        else:
+            self._proceed(replica, now)
+
+    def _proceed(self, replica: ModelledReplica, now: float) -> None:
+        """Go on once there is a worker, and bytes if the start waits for them."""
+        claim, speeds = replica.claim, self._speeds
+        if claim is None or claim.worker is None or replica.is_loading:
+            return
+        early = speeds.executes_while_loading
+        if not replica.resident.is_loaded and not early:
+            return
+        replica.is_loading = True
+        woken = claim.worker.asleep.pop(replica.model.model_id, None) == replica.model.source
+        init_s = speeds.wake_s if woken else speeds.init_s
+        began_at = now
+        if early:
+            if replica.resident.is_loaded:
+                self._copy(replica, replica.model.size_bytes, self._opened, now)
+            phases = self._phases(replica, began_at, 0.0, init_s)
+            ready = functools.partial(self._ready, replica, phases)
+            self._call_at(now + init_s, ready)
+            return
+
+        def bound(replica: ModelledReplica, now: float) -> None:
+            replica.is_open = True
+            phases = self._phases(replica, began_at, now - began_at, init_s)
+            self._call_at(now + init_s, functools.partial(self._ready, replica, phases))
+
+        self._copy(replica, replica.model.size_bytes, bound, now)
+
+    def _phases(
+        self, replica: ModelledReplica, began_at: float, device_s: float, init_s: float
+    ) -> Phases:
+        """What the start takes; of bytes that came for somebody else too, what it waited for."""
+        resident = replica.resident
+        waited_s = began_at - replica.ordered_at
+        moved_s = 0.0
+        if resident.is_loaded:
+            arrived_at = resident.since + resident.fetch_s + resident.dram_s
+            moved_s = max(0.0, arrived_at - replica.ordered_at)
+        dram_s = min(resident.dram_s, moved_s)
+        return Phases(
+            place_s=max(0.0, waited_s - moved_s),
             fetch_s=moved_s - dram_s,
             dram_s=dram_s,
             device_s=device_s,
-            init_s=self._speeds.init_s,
+            init_s=init_s,
         )
-        ready_at = loading_at + device_s + self._speeds.init_s
-        ready = ReplicaReady(command.node_id, command.replica_id, command.model.model_id, phases)
-        return [*reports, Report(ready_at, ready, self.spec.epoch, command.replica_id)]
 
-    def _stage(self, command: Stage, now: float) -> list[Report]:
-        model = command.model
-        if command.tier is Tier.DISK:
-            fetch_s = self._fetch_s(model)
-            self._on_disk.add(model.model_id)
-            num_bytes = model.size_bytes if fetch_s else 0
-            staged = Staged(command.node_id, model.model_id, Tier.DISK, num_bytes, fetch_s)
-            return [self._report(now + fetch_s, staged)]
-        move, reports = self._move(model, now)
-        if move is None:
+    def _copy(
+        self,
+        replica: ModelledReplica,
+        num_bytes: float,
+        done: Callable[[ModelledReplica, float], None],
+        now: float,
+    ) -> None:
+        replica.move = self._storage.device.send(num_bytes, now, functools.partial(done, replica))
+
+    def _opened(self, replica: ModelledReplica, now: float) -> None:
+        replica.is_open = True
+        if replica.engine is not None:
+            replica.engine.open(now)
+            self._loaded(replica, now)
+            self._plan(replica)
+
+    def _ready(self, replica: ModelledReplica, phases: Phases, now: float) -> None:
+        if replica.is_gone:
+            return
+        slots = AdapterSlots(self._num_adapters, self._speeds.adapter_s)
+        costs = self._costs.of(replica.model.size_bytes)
+        replica.engine = self._make_engine(costs, self._shape, slots, is_open=replica.is_open)
+        self._ledger.hold(replica.account, Tier.DEVICE, 1)
+        if replica.is_open:
+            self._loaded(replica, now)
+        model_id = replica.model.model_id
+        self._emit(ReplicaReady(self.spec.node_id, replica.replica_id, model_id, phases))
+
+    def _loaded(self, replica: ModelledReplica, now: float) -> None:
+        self._use(replica, Use.BUSY if replica.num_jobs else Use.IDLE, now)
+
+    # Ends
+
+    def _stop(self, order: StopReplica, now: float) -> None:
+        replica = self._replicas.pop(order.replica_id, None)
+        if replica is not None:
+            self._end(replica, now)
+            self._stopping.add(replica)
+        stopped = ReplicaStopped(order.node_id, order.replica_id, order.model.model_id)
+        epoch = self.spec.epoch
+
+        def over(now: float) -> None:
+            if self._is_up and self.spec.epoch == epoch:
+                if replica is not None:
+                    self._stopping.discard(replica)
+                    self._free(replica, now)
+                self._emit(stopped)
+
+        self._call_at(now + self._speeds.stop_s, over)
+
+    def _end(self, replica: ModelledReplica, now: float) -> None:
+        """It serves no more; its worker is still its own."""
+        replica.is_gone = True
+        if replica.move is not None:
+            self._storage.device.cancel(replica.move, now)
+        if replica.engine is not None:
+            replica.engine.drop(now)
+            self._ledger.hold(replica.account, Tier.DEVICE, -1)
+
+    def _free(self, replica: ModelledReplica, now: float) -> None:
+        self._unuse(replica, now)
+        claim = replica.claim
+        if claim is None or claim.worker is None:
+            if claim is not None:
+                self._workers.withdraw(claim)
+            return
+        if replica.is_loading:
+            self._workers.fall_asleep(claim.worker, replica.model.model_id, replica.model.source)
+        self._workers.release(claim.worker, now)
+
+    def _replace_worker(self, replica: ModelledReplica, now: float) -> None:
+        self._unuse(replica, now)
+        claim = replica.claim
+        if claim is None or claim.worker is None:
+            if claim is not None:
+                self._workers.withdraw(claim)
+            return
+        self._num_live -= 1
+        self._say_workers()
+        epoch = self.spec.epoch
+
+        def started(now: float) -> None:
+            if self._is_up and self.spec.epoch == epoch:
+                self._num_live += 1
+                self._say_workers()
+                self._workers.add(now)
+
+        self._call_at(now + self._speeds.worker_start_s, started)
+
+    def _go_down(self, now: float) -> None:
+        self._is_up = False
+        for replica in (*self._replicas.values(), *self._stopping):
+            if not replica.is_gone:
+                self._end(replica, now)
+            self._unuse(replica, now)
+        self._replicas.clear()
+        self._stopping.clear()
+        self._storage.close(now)
+
+    # Bytes
+
+    def _stage(self, order: Stage, now: float) -> None:
+        model = order.model
+        if order.tier is Tier.DISK:
+            if self._storage.is_on_disk(model):
+                self._say_staged(model, Tier.DISK, 0, 0.0, now)
+            else:
+                self._storage.fetch(model, now, lambda _: None)
+            return
+        resident = self._storage.hold(model, now)
+        if resident is None:
             message = f"{self.spec.node_id} has no room for {model.model_id}"
-            failed = StageFailed(command.node_id, model.model_id, Tier.DRAM, "unavailable", message)
-            return [self._report(now, failed)]
-        if not reports:  # the bytes were there, or on their way
-            hit = Staged(command.node_id, model.model_id, Tier.DRAM, 0, 0.0)
-            return [self._report(max(now, move.ends_at), hit)]
-        return reports
+            failed = StageFailed(order.node_id, model.model_id, Tier.DRAM, "unavailable", message)
+            self._emit(failed)
+        elif resident.is_loaded:
+            self._say_staged(model, Tier.DRAM, 0, 0.0, now)
 
-    def _move(self, model: ModelSpec, now: float) -> tuple[_Move | None, list[Report]]:
-        """Bring a model's bytes to DRAM; None when they do not fit."""
-        if move := self._in_dram.get(model.model_id):
-            return move, []
-        num_bytes = extent_bytes(model.size_bytes)
-        if sum(m.num_bytes for m in self._in_dram.values()) + num_bytes > self.spec.dram_bytes:
-            return None, []
-        fetch_s = self._fetch_s(model)
-        dram_s = model.size_bytes / self._speeds.disk_bytes_per_s
-        move = _Move(now + fetch_s + dram_s, fetch_s, dram_s, num_bytes)
-        self._in_dram[model.model_id] = move
-        self._on_disk.add(model.model_id)
-        node_id, size = self.spec.node_id, model.size_bytes
-        reports = [
-            self._report(move.ends_at, Staged(node_id, model.model_id, Tier.DRAM, size, dram_s))
-        ]
-        if fetch_s:
-            fetched = Staged(node_id, model.model_id, Tier.DISK, size, fetch_s)
-            reports.insert(0, self._report(now + fetch_s, fetched))
-        return move, reports
+    def _say_staged(
+        self, model: ModelSpec, tier: Tier, num_bytes: int, seconds: float, _now: float
+    ) -> None:
+        self._emit(Staged(self.spec.node_id, model.model_id, tier, num_bytes, seconds))
 
-    def _fetch_s(self, model: ModelSpec) -> float:
-        if model.lowest_tier >= Tier.DISK or model.model_id in self._on_disk:
-            return 0.0
-        return model.size_bytes / self._speeds.remote_bytes_per_s
+    def _say_workers(self) -> None:
+        self._emit(WorkersChanged(self.spec.node_id, self._num_live))
 
-    def _report(self, at: float, event: Event) -> Report:
-        return Report(at, event, self.spec.epoch)
+    # Engines
+
+    def _plan(self, replica: ModelledReplica) -> None:
+        assert replica.engine is not None
+        at = replica.engine.next_at
+        if at < (replica.wake_at if replica.wake_at is not None else float("inf")):
+            replica.wake_at = at
+            self._call_at(at, functools.partial(self._wake, replica))
+
+    def _wake(self, replica: ModelledReplica, now: float) -> None:
+        if replica.is_gone or now != replica.wake_at or replica.engine is None:
+            return
+        replica.wake_at = None
+        for job in replica.engine.advance(now):
+            replica.num_jobs -= 1
+            prefill_s = job.first_token_at - job.dispatched_at - job.gated_s
+            self._emit(RequestFinished(job.request_id, max(prefill_s, 0.0)))
+        if not replica.num_jobs and replica.use is Use.BUSY:
+            self._use(replica, Use.IDLE, now)
+        self._plan(replica)
+
+    # Accounts
+
+    def _use(self, replica: ModelledReplica, use: Use, now: float) -> None:
+        if replica.use is not None:
+            self._unuse(replica, now)
+        replica.use, replica.since = use, now
+        self._ledger.num_workers[use] += 1
+
+    def _unuse(self, replica: ModelledReplica, now: float) -> None:
+        if replica.use is not None:
+            replica.account.seconds[replica.use] += now - replica.since
+            self._ledger.num_workers[replica.use] -= 1
+            replica.use = None

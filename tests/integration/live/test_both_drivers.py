@@ -30,12 +30,14 @@ from flashserve.messages.events import (
     ModelDeleted,
     ModelDeployed,
     NodeEvent,
+    NodeJoined,
     ReplicaLost,
     RequestArrived,
     StageRequested,
 )
-from flashserve.sim.loop import Simulation
-from flashserve.sim.nodes import ModelledNode, Report, Speeds
+from flashserve.sim.loop import CommandLog, Simulation
+from flashserve.sim.nodes import ModelledNode
+from flashserve.sim.steps import Job
 from flashserve.types import ModelId, ModelSpec, NodeId, NodeSpec, ReplicaId, RequestId, Tier
 
 pytestmark = pytest.mark.integration
@@ -60,7 +62,7 @@ def script() -> list[tuple[float, Event]]:
     ]
     arrivals = [*"aaaaaaaab", "huge", *"bcccadbacd"]
     steps += [
-        (1.0 + 0.61 * i, RequestArrived(RequestId(f"r{i}"), ModelId(name), 10))
+        (1.0 + 0.61 * i, RequestArrived(RequestId(f"r{i}"), ModelId(name), 100))
         for i, name in enumerate(arrivals)
     ]
     steps += [
@@ -94,25 +96,21 @@ class LiveNode:
 
     def __init__(self, spec: NodeSpec, clock: ScriptClock) -> None:
         self.spec = spec
-        self.modelled = ModelledNode(spec, Speeds())
+        self.modelled = ModelledNode(spec)
         self._clock = clock
 
     async def start(self, on_event: Callable[[NodeEvent], None]) -> None:
-        self._on_event: Callable[..., None] = on_event
-        _, *others = self.modelled.join(self._clock.now())
-        for report in others:
-            on_event(report.event)  # type: ignore[arg-type]
+        def say(event: Event) -> None:
+            if not isinstance(event, NodeJoined):  # the runtime says that itself
+                on_event(event)  # type: ignore[arg-type]
+
+        self.modelled.attach(
+            lambda at, call: self._clock.call_at(at, functools.partial(call, at)), say
+        )
+        self.modelled.join()
 
     def execute(self, command: NodeCommand) -> None:
-        self.plan(self.modelled.execute(command, self._clock.now()))
-
-    def plan(self, reports: Sequence[Report]) -> None:
-        for report in reports:
-            self._clock.call_at(report.at, functools.partial(self._say, report))
-
-    def _say(self, report: Report) -> None:
-        if self.modelled.holds(report):
-            self._on_event(report.event)
+        self.modelled.execute(command, self._clock.now())
 
     async def close(self, grace_s: float) -> None:
         pass
@@ -127,16 +125,16 @@ async def run_live(steps: Sequence[tuple[float, Event]]) -> Timed:
 
     async def wait_for_answer(request_id: RequestId, model_id: ModelId) -> None:
         mailbox = runtime.open_mailbox(request_id, model_id)
+        job = Job(request_id, 100, 64)
         while not isinstance(answer := await mailbox.get(), Reject):
             if isinstance(answer, Dispatch):
-                node = nodes[answer.node_id]
-                node.plan(node.modelled.generate(answer, clock.now()))
+                nodes[answer.node_id].modelled.generate(answer, job, clock.now())
 
     def happen(event: Event) -> None:
         if isinstance(event, RequestArrived):
             clients.add(asyncio.create_task(wait_for_answer(event.request_id, event.model_id)))
         if isinstance(event, ReplicaLost):
-            nodes[event.node_id].plan(nodes[event.node_id].modelled.suffer(event, clock.now()))
+            nodes[event.node_id].modelled.suffer(event, clock.now())
         asyncio.get_running_loop().call_soon(runtime.post, event)  # after the mailbox is open
 
     for at, event in steps:
@@ -154,10 +152,10 @@ async def run_live(steps: Sequence[tuple[float, Event]]) -> Timed:
 
 def test_one_script_through_both_drivers_gives_the_same_commands() -> None:
     steps = script()
-    nodes = [ModelledNode(spec, Speeds()) for spec in SPECS]
-    simulated = Simulation(Controller(SETTINGS), nodes).run(steps)
+    nodes, log = [ModelledNode(spec) for spec in SPECS], CommandLog()
+    Simulation(Controller(SETTINGS), nodes, observer=log).run(steps)
     live = asyncio.run(run_live(steps))
-    assert live == simulated
+    assert live == log.commands
     kinds = {type(command) for _, command in live}
     assert kinds == {StartReplica, StopReplica, Stage, Evict, Hold, Dispatch, Reject}
     codes = {command.code for _, command in live if isinstance(command, Reject)}

@@ -10,12 +10,17 @@ from flashserve.config import PolicySettings
 from flashserve.control.controller import Controller
 from flashserve.messages.commands import Dispatch, Reject
 from flashserve.messages.events import Event, ModelDeployed, RequestArrived
-from flashserve.sim.loop import Simulation
-from flashserve.sim.nodes import ModelledNode, Speeds
+from flashserve.policy.cost import EXTENT_BYTES
+from flashserve.sim.loop import CommandLog, Simulation
+from flashserve.sim.nodes import ModelledNode
+from flashserve.sim.profiles import Speeds, StepCosts
 from flashserve.types import RequestId
 
-SPEEDS = Speeds(disk_bytes_per_s=4e6, init_s=0.2, prefill_s=0.5, token_s=0.1, num_tokens=20)
-RUN_S = SPEEDS.prefill_s + SPEEDS.token_s * SPEEDS.num_tokens
+SPEEDS = Speeds(disk_bytes_per_s=4e6, init_s=0.2)
+COSTS = StepCosts(EXTENT_BYTES, 0.1, 0.0, 0.0, 0.0)
+NUM_TOKENS = 25
+RUN_S = 2.5
+"""Every step takes 0.1 s, whatever is in it."""
 TRAFFIC_S = 200
 
 
@@ -32,7 +37,7 @@ def test_every_request_is_served_in_bounded_time(
 ) -> None:
     policy = PolicySettings(slot_patience_s=patience_s, deadline_s=1e6, queue_limit=10_000)
     nodes = [
-        ModelledNode(node(f"n{i}", count, dram_extents, max_sequences=100), SPEEDS)
+        ModelledNode(node(f"n{i}", count, dram_extents, max_sequences=100), SPEEDS, COSTS)
         for i, count in enumerate(workers)
     ]
     script: list[tuple[float, Event]] = [
@@ -45,7 +50,10 @@ def test_every_request_is_served_in_bounded_time(
             request_id = RequestId(f"m{i}/{k}")
             arrived[request_id] = at
             script.append((at, RequestArrived(request_id, model(f"m{i}").model_id)))
-    commands = Simulation(Controller(policy), nodes).run(script)
+    log = CommandLog()
+    simulation = Simulation(Controller(policy), nodes, observer=log, output_tokens=NUM_TOKENS)
+    simulation.run(sorted(script, key=lambda step: step[0]))
+    commands = log.commands
     waited = {
         c.request_id: at - arrived[c.request_id] for at, c in commands if isinstance(c, Dispatch)
     }

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pytest
+
 from flashserve.config import PolicySettings
 from flashserve.control.controller import Controller
 from flashserve.messages.commands import (
@@ -21,11 +23,13 @@ from flashserve.messages.events import (
     ReplicaFailed,
     ReplicaLost,
     RequestArrived,
+    StageFailed,
     StageRequested,
 )
 from flashserve.policy.cost import EXTENT_BYTES
-from flashserve.sim.loop import Simulation
-from flashserve.sim.nodes import ModelledNode, Speeds
+from flashserve.sim.loop import CommandLog, Simulation
+from flashserve.sim.nodes import ModelledNode
+from flashserve.sim.profiles import Speeds, StepCosts
 from flashserve.types import ModelId, ModelSpec, NodeId, NodeSpec, ReplicaId, RequestId, Tier
 
 SPEEDS = Speeds(
@@ -33,13 +37,16 @@ SPEEDS = Speeds(
     disk_bytes_per_s=EXTENT_BYTES,
     dram_bytes_per_s=EXTENT_BYTES * 8,
     init_s=0.25,
+    wake_s=0.25,
     stop_s=0.5,
     worker_start_s=2.0,
-    prefill_s=0.5,
-    token_s=0.25,
-    num_tokens=6,
 )
-"""A model of one extent is fetched in 4 s, read in 1, bound in 0.125; an answer takes 2 s."""
+"""A model of one extent is fetched in 4 s, read in 1, bound in 0.125."""
+
+COSTS = StepCosts(EXTENT_BYTES, 0.25, 0.0, 0.0025, 0.0)
+"""A prompt of 100 tokens takes 0.5 s and each further token 0.25: an answer of 7 takes 2 s."""
+
+NUM_TOKENS = 7
 
 M, N1 = ModelId("m"), NodeId("n1")
 
@@ -61,10 +68,13 @@ def run(
 ) -> list[tuple[float, Command]]:
     names = [NodeId(f"n{i + 1}") for i in range(nodes)]
     made = [
-        ModelledNode(NodeSpec(name, 1, workers, extents * EXTENT_BYTES), SPEEDS) for name in names
+        ModelledNode(NodeSpec(name, 1, workers, extents * EXTENT_BYTES), SPEEDS, COSTS)
+        for name in names
     ]
+    log = CommandLog()
     controller = Controller(PolicySettings(**policy))
-    return Simulation(controller, made).run(script)
+    Simulation(controller, made, observer=log, output_tokens=NUM_TOKENS).run(script)
+    return log.commands
 
 
 def told(commands: list[tuple[float, Command]]) -> list[tuple[float, str]]:
@@ -72,13 +82,13 @@ def told(commands: list[tuple[float, Command]]) -> list[tuple[float, str]]:
 
 
 def test_a_cold_and_a_warm_request_take_the_modelled_times() -> None:
-    commands = run((0.0, ModelDeployed(spec())), (1.0, arrived("r1")), (4.0, arrived("r2")))
+    commands = run((0.0, ModelDeployed(spec())), (1.0, arrived("r1")), (5.0, arrived("r2")))
     assert told(commands) == [
         (1.0, "StartReplica"),
         (1.0, "Hold"),
         (2.375, "Dispatch"),
-        (4.0, "Dispatch"),
-        (306.0, "StopReplica"),
+        (5.0, "Dispatch"),
+        (307.0, "StopReplica"),
     ]
     cold = commands[2][1]
     assert isinstance(cold, Dispatch)
@@ -94,7 +104,7 @@ def test_a_remote_model_is_fetched_first_and_kept_on_disk() -> None:
         (70.0, arrived("r2")),
     )
     dispatched = [(at, c) for at, c in commands if isinstance(c, Dispatch)]
-    assert [at for at, _ in dispatched] == [5.375, 71.375]
+    assert [at for at, _ in dispatched] == [4.375, 71.375]
     assert dispatched[0][1].startup is not None
     assert dispatched[0][1].startup.fetch_s == 4.0
     assert dispatched[1][1].startup is not None
@@ -153,8 +163,9 @@ def test_a_lost_replica_costs_a_new_start_on_a_new_worker() -> None:
     commands = run((0.0, ModelDeployed(spec())), (0.0, arrived("r1")), (2.0, lost))
     dispatched = [(at, c.replica_id) for at, c in commands if isinstance(c, Dispatch)]
     assert dispatched == [(1.375, "m#1"), (2.0 + 2.0 + 0.125 + 0.25, "m#2")]
+    # It had its first token; prompt and token are computed anew, and the other five follow.
     stops = [at for at, c in commands if isinstance(c, StopReplica)]
-    assert stops == [4.375 + 2.0 + 300.0]
+    assert stops == [pytest.approx(4.375 + 0.5025 + 5 * 0.25 + 300.0)]
 
 
 def test_a_failed_start_frees_the_worker() -> None:
@@ -197,29 +208,39 @@ def test_a_run_repeats_exactly() -> None:
 
 
 def test_a_run_can_end_before_everything_has_happened() -> None:
-    node = ModelledNode(NodeSpec(N1, 1, 1, 4 * EXTENT_BYTES), SPEEDS)
-    simulation = Simulation(Controller(PolicySettings()), [node])
-    commands = simulation.run([(0.0, ModelDeployed(spec())), (0.0, arrived("r1"))], until=2.0)
-    assert told(commands)[-1] == (1.375, "Dispatch")
+    node = ModelledNode(NodeSpec(N1, 1, 1, 4 * EXTENT_BYTES), SPEEDS, COSTS)
+    log = CommandLog()
+    simulation = Simulation(Controller(PolicySettings()), [node], observer=log)
+    simulation.run([(0.0, ModelDeployed(spec())), (0.0, arrived("r1"))], until=2.0)
+    assert told(log.commands)[-1] == (1.375, "Dispatch")
     assert simulation.controller.num_in_flight == 1
+
+
+def alone(node: ModelledNode) -> list[Event]:
+    """A node that nobody drives: what it says at once."""
+    said: list[Event] = []
+    node.attach(lambda _at, _call: None, said.append)
+    return said
 
 
 def test_orders_of_another_epoch_and_for_a_lost_node_are_ignored() -> None:
     node = ModelledNode(NodeSpec(N1, 2, 1, 4 * EXTENT_BYTES), SPEEDS)
-    node.join(0.0)
-    old = StartReplica(N1, 1, ReplicaId("m#1"), spec(), "old")
-    new = StartReplica(N1, 2, ReplicaId("m#2"), spec(), "new")
-    assert node.execute(old, 0.0) == []
+    said = alone(node)
+    old = StopReplica(N1, 1, ReplicaId("m#1"), spec(), "old")
+    new = Evict(N1, 2, spec(), Tier.DRAM, "new")
+    node.execute(old, 0.0)
     node.suffer(NodeLost(N1, 2), 0.0)
-    assert node.execute(new, 0.0) == []
+    node.execute(new, 0.0)
+    assert said == []
 
 
 def test_a_node_refuses_what_does_not_fit() -> None:
     node = ModelledNode(NodeSpec(N1, 1, 2, 4 * EXTENT_BYTES), SPEEDS)
-    node.join(0.0)
+    said = alone(node)
     node.execute(StartReplica(N1, 1, ReplicaId("a#1"), spec("a", 3), "first"), 0.0)
-    (start,) = node.execute(StartReplica(N1, 1, ReplicaId("b#2"), spec("b", 2), "second"), 0.0)
-    assert isinstance(start.event, ReplicaFailed)
-    assert start.event.code == "unavailable"
-    (stage,) = node.execute(Stage(N1, 1, spec("b", 2), Tier.DRAM, "asked for"), 0.0)
-    assert type(stage.event).__name__ == "StageFailed"
+    node.execute(StartReplica(N1, 1, ReplicaId("b#2"), spec("b", 2), "second"), 0.0)
+    node.execute(Stage(N1, 1, spec("b", 2), Tier.DRAM, "asked for"), 0.0)
+    start, stage = said
+    assert isinstance(start, ReplicaFailed)
+    assert isinstance(stage, StageFailed)
+    assert (start.code, stage.code) == ("unavailable", "unavailable")
