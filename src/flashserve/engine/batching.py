@@ -146,6 +146,43 @@ class Batcher:
             if self._reuses(sequence):
                 self._publish(sequence)
 
+    def num_equal_steps(self, at_most: int) -> int:
+        """How many of the next steps do nothing but decode the sequences that run now.
+
+        Asked between steps, when every running sequence has one token that is not computed; it
+        holds as long as none is added or removed. For who knows ahead what is emitted, such as the
+        simulator.
+        """
+        can_join = self._waiting and len(self._running) < self._max_sequences
+        if not self._running or can_join or len(self._running) > self._max_tokens:
+            return 0
+        if any(sequence.num_pending != 1 for sequence in self._running):
+            return 0
+        low, high = 0, at_most
+        while low < high:  # the largest number whose blocks are there
+            middle = (low + high + 1) // 2
+            if self._num_missing(middle) <= self._pool.num_available:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def decode(self, num_steps: int, token_id: int) -> None:
+        """Records such steps as computed; in each, every running sequence emitted `token_id`."""
+        for sequence in self._running:
+            reserved = self._reserve(sequence, sequence.num_computed + num_steps)
+            assert reserved
+            sequence.tokens += [token_id] * num_steps
+            sequence.num_computed += num_steps
+            if self._reuses(sequence):
+                self._publish(sequence)
+
+    def _num_missing(self, num_steps: int) -> int:
+        return sum(
+            self._pool.blocks_for(sequence.num_computed + num_steps) - len(sequence.blocks)
+            for sequence in self._running
+        )
+
     def _extend(self, sequence: Sequence, plan: _Plan) -> bool:
         """Plans the next tokens of a running sequence; False if anything was preempted for it."""
         num_tokens = plan.share(sequence.num_pending)

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import collections
 import heapq
+import itertools
 import math
 import sys
 
 from flashserve.sim.profiles import EngineShape, StepCosts
-from flashserve.sim.steps import INFINITE, AdapterSlots, Job, SteppedEngine
+from flashserve.sim.steps import INFINITE, PATIENCE, AdapterSlots, Job, SteppedEngine
 
 
 class ClosedEngine(SteppedEngine):
@@ -60,8 +61,8 @@ class ClosedEngine(SteppedEngine):
                 break
             chunks.append((entry, taken))
             budget -= taken
-        while self._waiting and budget > 0 and self._could_admit(now):
-            entry = self._admit(self._waiting.popleft(), now)
+        while budget > 0 and (job := self._next_to_admit(now)) is not None:
+            entry = self._admit(job)
             taken = min(entry[0], budget)
             chunks.append((entry, taken))
             budget -= taken
@@ -82,18 +83,28 @@ class ClosedEngine(SteppedEngine):
         return sys.maxsize if ready_at == INFINITE else max(1, math.ceil((ready_at - now) / step_s))
 
     def _could_admit(self, now: float) -> bool:
-        job = self._waiting[0]
-        if len(self._jobs) >= self._shape.max_sequences:
-            return False
-        if self._jobs and self._kv_tokens + _length(job) > self._shape.kv_tokens:
-            return False
-        if not job.adapter or self._adapters is None:
-            return True
-        return self._adapters.want(job.adapter, now) <= now
+        return len(self._jobs) < self._shape.max_sequences
 
-    def _admit(self, job: Job, now: float) -> list[int]:
-        if job.adapter and self._adapters is not None:
-            self._adapters.pin(job.adapter, now)
+    def _next_to_admit(self, now: float) -> Job | None:
+        """Takes the first who waits and has room; those whose adapters have none are passed over,
+        as the batcher does it: for so many times, and only by ones whose adapters are there.
+        """
+        for place, job in enumerate(self._waiting):
+            if len(self._jobs) >= self._shape.max_sequences:
+                return None
+            if self._jobs and self._kv_tokens + _length(job) > self._shape.kv_tokens:
+                return None
+            slots = self._adapters
+            if not job.adapter or slots is None or slots.pin(job.adapter, now, may_load=not place):
+                for passed in itertools.islice(self._waiting, place):
+                    passed.num_passed_over += 1
+                del self._waiting[place]
+                return job
+            if job.num_passed_over >= PATIENCE:
+                return None
+        return None
+
+    def _admit(self, job: Job) -> list[int]:
         self._num_admitted += 1
         self._jobs[self._num_admitted] = job
         self._kv_tokens += _length(job)

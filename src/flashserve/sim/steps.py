@@ -17,6 +17,8 @@ from flashserve.sim.profiles import EngineShape, StepCosts
 from flashserve.types import RequestId
 
 INFINITE = math.inf
+PATIENCE = 64
+"""Times that a request is passed over for want of its adapter; see engine.batching."""
 _NUM_GROUPS = 32
 """A forward pass follows the bytes group by group; what is left after the last one is one group."""
 _ROUNDING = 1e-9
@@ -42,6 +44,7 @@ class Job:
     dispatched_at: float = math.nan
     first_token_at: float = math.nan
     gated_s: float = 0.0
+    num_passed_over: int = 0
 
 
 class AdapterSlots:
@@ -73,8 +76,10 @@ class AdapterSlots:
         self._here[adapter] = now + self._load_s
         return now + self._load_s
 
-    def pin(self, adapter: str, now: float) -> bool:
+    def pin(self, adapter: str, now: float, *, may_load: bool = True) -> bool:
         """Use it; false while it is not there."""
+        if not may_load and adapter not in self._here:
+            return False
         if self.want(adapter, now) > now:
             return False
         self._here.move_to_end(adapter)
