@@ -38,7 +38,7 @@ from flashserve.messages.events import (
 from flashserve.policy.baselines import FixedKeepAlive
 from flashserve.policy.cost import UNMEASURED, Prices, Rates
 from flashserve.policy.plans import Policy
-from flashserve.types import ModelId, ReplicaId, RequestId, Tier
+from flashserve.types import ModelId, NodeId, ReplicaId, RequestId, Tier
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -178,6 +178,14 @@ class Controller:
     @property
     def num_waiting(self) -> int:
         return len(self._state.requests) - self._state.num_running
+
+    def nodes_of(self, model_id: ModelId) -> frozenset[NodeId]:
+        """The nodes that have a replica of a model, or its bytes in DRAM."""
+        model = self._state.find(model_id)
+        if model is None:
+            return frozenset()
+        running = (replica.node_id for replica in model.replicas.values())
+        return frozenset((*running, *model.dram_nodes))
 
     def model_view(self, model_id: ModelId) -> ModelView:
         """How a deployed model stands.

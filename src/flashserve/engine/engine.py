@@ -167,6 +167,15 @@ class Engine:
         """
         self._adapters.cache.put(image)
 
+    def prefetch_adapter(self, adapter_id: AdapterId) -> None:
+        """Loads an adapter ahead of any sequence, if only those that nobody wants must give way.
+
+        Raises:
+            FlashServeError: it cannot be used; see `AdapterCache.check`. As `add`, from any thread.
+        """
+        self._adapters.cache.check(adapter_id)
+        self._adapters.cache.prefetch(adapter_id)
+
     def drop_adapter(self, adapter_id: AdapterId, *, is_damaged: bool = False) -> None:
         """Forgets where an adapter's bytes are. As `add`, from any thread.
 

@@ -11,6 +11,7 @@ import asyncio
 import collections
 import dataclasses
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 
 from flashserve.config import DeploySettings
@@ -18,8 +19,9 @@ from flashserve.errors import ConflictError, ModelNotFoundError
 from flashserve.live.adapterrows import RegisteredAdapter
 from flashserve.live.catalogue import Catalogue, DeployedModel
 from flashserve.live.deployments import Deployments, absolute
-from flashserve.live.names import Names, check_name
+from flashserve.live.names import Names, check_name, suggestion
 from flashserve.live.runtime import Runtime
+from flashserve.node.client import Node
 from flashserve.store.sources.source import check_allowed
 from flashserve.types import AdapterId, AdapterSpec, ModelId
 
@@ -62,7 +64,7 @@ class Adapters:
         self._users: collections.Counter[AdapterId] = collections.Counter()
         self.uses: dict[str, Use] = {}
         """By the name of a model or adapter."""
-        self._changing: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)
+        self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     async def restore(self) -> None:
         """Bring every adapter back; none is loaded before a request names it."""
@@ -101,10 +103,8 @@ class Adapters:
         if adapter is not None and base in {adapter.spec.base, asked}:
             return self._deployments.find(adapter.spec.base), adapter
         if colon and self._deployments.has(ModelId(base)):
-            known = ", ".join(self.of(ModelId(base))) or "none"
-            raise ModelNotFoundError(
-                f"model {base} has no adapter {name}; it has: {known}", param="model"
-            )
+            known = suggestion(name, self.of(ModelId(base)), "it has")
+            raise ModelNotFoundError(f"model {base} has no adapter {name}; {known}", param="model")
         return self._deployments.find(ModelId(asked)), None
 
     async def add(
@@ -118,12 +118,12 @@ class Adapters:
             allowed = self._allowed
             await asyncio.to_thread(check_allowed, source, allowed.roots, allowed.schemes)
         with self._names.claiming(name, KIND):
-            async with self._changing[name]:
+            async with self._turn(name):
                 return await self._add(model, name, source, check, replace=replace)
 
     async def remove(self, name: str) -> None:
         """See Service.remove_adapter."""
-        async with self._changing[name]:
+        async with self._turn(name):
             adapter = self.find(name)
             await self._catalogue.delete_adapter(name)
             del self._adapters[name]
@@ -134,8 +134,29 @@ class Adapters:
     def began(self, adapter: RegisteredAdapter) -> None:
         """A request begins with this version, whose bytes may be brought near at once."""
         self._users[adapter.adapter_id] += 1
-        for node in self._runtime.nodes:
+        for node in self._nodes_of(adapter.spec.base):
             node.prefetch_adapter(adapter.adapter_id)
+
+    def prefetch(self, name: str) -> bool:
+        """Requests to an adapter are expected: brings it near, ahead of them.
+
+        Its bytes come to DRAM on the nodes that have its base, on all if none has; where a replica
+        is ready they also come into its pages, if there is room that no sequence wants. Returns at
+        once; what goes wrong is told to the first request.
+
+        Args:
+            name: NAME, or BASE:NAME as its arrivals are counted under.
+
+        Returns:
+            False if there is no such adapter, or no longer.
+        """
+        base, colon, own = name.rpartition(":")
+        adapter = self._adapters.get(own)
+        if adapter is None or (colon and adapter.spec.base != base):
+            return False
+        for node in self._nodes_of(adapter.spec.base):
+            node.prefetch_adapter(adapter.adapter_id, into_pages=True)
+        return True
 
     def ended(self, adapter: RegisteredAdapter) -> None:
         """A request that began with this version has ended, or its first trial."""
@@ -187,10 +208,9 @@ class Adapters:
         self._users[adapter.adapter_id] += 1
         try:
             await check(model, adapter)
-            if self._deployments.find(model.spec.model_id).identity != model.identity:
-                raise ConflictError(f"{model.spec.model_id} was replaced meanwhile: add it again")
-            await self._catalogue.put_adapter(adapter)
-            self._put(adapter)
+            async with self._deployments.keeping(model):
+                await self._catalogue.put_adapter(adapter)
+                self._put(adapter)
         finally:
             self.ended(adapter)
 
@@ -209,6 +229,16 @@ class Adapters:
                 else f"{known.name} comes from {known.spec.source}"
             )
             raise ConflictError(f"{what}; replace it, or remove it first")
+
+    def _turn(self, name: str) -> asyncio.Lock:
+        """Who holds it may change what has that name."""
+        return self._turns.setdefault(name, asyncio.Lock())
+
+    def _nodes_of(self, base: ModelId) -> list[Node]:
+        """Those that have the base, or all: any may get it."""
+        nodes = self._runtime.nodes
+        having = self._runtime.controller.nodes_of(base)
+        return [node for node in nodes if node.spec.node_id in having] or list(nodes)
 
     def _put(self, adapter: RegisteredAdapter) -> None:
         self._adapters[adapter.name] = adapter

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import structlog
@@ -25,6 +26,7 @@ from flashserve.types import ModelId, ModelSpec
 
 KIND = "model"
 _MAX_PRELOADED = 64
+_MAX_SHOWN = 8
 _log = structlog.get_logger(__name__)
 
 
@@ -143,6 +145,19 @@ class Deployments:
             await self._runtime.apply(ModelDeleted(model_id))
             await self.sweep()
 
+    @contextlib.asynccontextmanager
+    async def keeping(self, model: DeployedModel) -> AsyncIterator[None]:
+        """While inside, the model is deployed with these very weights.
+
+        Raises:
+            ModelNotFoundError: it was deleted meanwhile.
+            ConflictError: it was given other weights meanwhile.
+        """
+        async with self._changing:
+            if self.find(model.spec.model_id).identity != model.identity:
+                raise ConflictError(f"{model.spec.model_id} was replaced meanwhile: try again")
+            yield
+
     async def _take_on(self, model: DeployedModel) -> None:
         """Durable first, then known to the controller."""
         model_id = model.spec.model_id
@@ -159,9 +174,11 @@ class Deployments:
     def _check_no_adapters(self, model_id: ModelId, done: str) -> None:
         """Adapters are updates to these very weights."""
         if names := self._adapters_of(model_id):
+            more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
             raise ConflictError(
-                f"{model_id} cannot be {done} while it has adapters ({', '.join(names)}): remove "
-                "them first, with `flashserve adapter remove`"
+                f"{model_id} cannot be {done} while it has adapters "
+                f"({', '.join(names[:_MAX_SHOWN])}{more}): remove them first, with "
+                "`flashserve adapter remove`"
             )
 
     def _check_free(self, model_id: ModelId, source: str, identity: str | None = None) -> None:

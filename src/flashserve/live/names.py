@@ -60,14 +60,14 @@ def check_name(name: str, kind: str) -> None:
         )
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """Close matches first, then what there is."""
+def suggestion(name: str, known: Iterable[str], there: str = "deployed") -> str:
+    """Close matches first, then what there is, `there`."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, _MAX_CLOSE)
     meant = f"did you mean {' or '.join(close)}? " if close else ""
     listed = ", ".join(names[:_MAX_SHOWN]) or "none"
     more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
-    return f"{meant}deployed: {listed}{more}"
+    return f"{meant}{there}: {listed}{more}"
 
 
 def _a(kind: str) -> str:

@@ -254,6 +254,10 @@ class Service:
         """
         await self._adapters.remove(name)
 
+    def prefetch_adapter(self, name: str) -> bool:
+        """Bring an adapter near that requests are expected for; see Adapters.prefetch."""
+        return self._adapters.prefetch(name)
+
     async def _self_check(self, model: DeployedModel, adapter: RegisteredAdapter) -> None:
         """One token with the adapter, through the path that every request takes."""
         if self.draining:

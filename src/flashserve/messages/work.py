@@ -10,6 +10,7 @@
 | opened     | notice         | Opened       | -                 |
 | failed     | notice         | ArrivalFailed| -                 |
 | adapter    | notice         | AdapterImage | -                 |
+| prefetch   | notice         | AdapterId    | -                 |
 | drop       | call           | DropAdapter  | -                 |
 | stats      | call           | -            | WorkerStats       |
 A worker's first frame is the notice `ready` with a WorkerReady; it may send `lost`, a ModelLost.

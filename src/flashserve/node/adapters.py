@@ -14,7 +14,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from types import NoneType
 from typing import Any, TypeVar
 
@@ -30,9 +30,10 @@ from flashserve.messages.work import AdapterFacts, AdapterImage, DropAdapter
 from flashserve.node.client import AdapterResidence
 from flashserve.node.workers import Worker
 from flashserve.store.adapters.tier import AdapterLease, AdapterTier
-from flashserve.types import AdapterId, AdapterSpec, ModelSpec
+from flashserve.types import AdapterId, AdapterSpec, ModelId, ModelSpec
 
 T = TypeVar("T")
+Serving = Callable[[ModelId], Iterable[Worker]]
 _log = structlog.get_logger()
 _NUM_THREADS = 4
 _DROP_TIMEOUT_S = 60.0
@@ -99,10 +100,20 @@ class Adapters:
             adapter.is_retired = True
             self._settle(adapter)
 
-    def prefetch(self, adapter_id: AdapterId) -> None:
-        """Brings it into DRAM if it is not there; a failure is told to whoever uses it."""
-        adapter = self._adapters.get(adapter_id)
-        if adapter is not None and adapter.lease is None and adapter.staging is None:
+    def prefetch(self, adapter_id: AdapterId, serving: Serving | None = None) -> None:
+        """Brings it into DRAM if it is not there; a failure is told to whoever uses it.
+
+        Args:
+            serving: given the base, the workers that are to load it into their own memory too,
+                if that has room.
+        """
+        if (adapter := self._adapters.get(adapter_id)) is None:
+            return
+        if serving is not None:
+            self._adapters.move_to_end(adapter_id)
+            adapter.num_users += 1
+            self._start(self._bring_near(adapter, serving))
+        elif adapter.lease is None and adapter.staging is None:
             self._adapters.move_to_end(adapter_id)
             self._stage(adapter)
 
@@ -126,11 +137,7 @@ class Adapters:
         self._adapters.move_to_end(adapter_id)
         try:
             image = await self._image(adapter)
-            user = worker()
-            if user not in adapter.told:
-                adapter.told.add(user)
-                adapter.copied.add(user)
-                user.channel.notify("adapter", image)
+            self._tell(adapter, worker(), image)
             yield
         finally:
             adapter.num_users -= 1
@@ -165,6 +172,23 @@ class Adapters:
             else:
                 await asyncio.shield(adapter.staging or self._stage(adapter))
         return adapter.image
+
+    async def _bring_near(self, adapter: _Adapter, serving: Serving) -> None:
+        """Counts as a user, which ends with it."""
+        try:
+            image = await self._image(adapter)
+            for worker in serving(adapter.spec.base):
+                self._tell(adapter, worker, image)
+                worker.channel.notify("prefetch", adapter.spec.adapter_id)
+        finally:
+            adapter.num_users -= 1
+            self._settle(adapter)
+
+    def _tell(self, adapter: _Adapter, worker: Worker, image: AdapterImage) -> None:
+        if worker not in adapter.told:
+            adapter.told.add(worker)
+            adapter.copied.add(worker)
+            worker.channel.notify("adapter", image)
 
     def _stage(self, adapter: _Adapter) -> asyncio.Task[None]:
         adapter.staging = self._start(self._bring(adapter))
@@ -221,7 +245,8 @@ class Adapters:
     async def _take_back(self, adapter: _Adapter) -> None:
         """Has the workers forget an adapter's bytes, and then gives them up.
 
-        Whoever asks for it meanwhile gets a lease of its own.
+        Whoever asks for it meanwhile gets a lease of its own, and tells the workers anew: the
+        orders to forget leave before this yields, so that nobody can tell them in between.
         """
         told, lease = adapter.told, adapter.lease
         adapter.told, adapter.lease, adapter.image = set(), None, None
@@ -236,7 +261,7 @@ class Adapters:
     async def _end_reads(
         self, workers: set[Worker], lease: AdapterLease | None, order: DropAdapter
     ) -> None:
-        await asyncio.gather(*(_drop(worker, order) for worker in workers))
+        await asyncio.gather(*[_drop(worker, order) for worker in workers])
         if lease is not None:
             lease.release()
 
@@ -263,10 +288,19 @@ class Adapters:
             task.exception()  # told to whoever waits, and logged
 
 
-async def _drop(worker: Worker, order: DropAdapter) -> None:
-    """Returns when the worker reads the adapter's bytes no more: it has said so, or it is dead."""
+def _drop(worker: Worker, order: DropAdapter) -> Coroutine[Any, Any, None]:
+    """Sends the order at once; what to await is that the worker reads the bytes no more."""
     try:
-        await worker.channel.call("drop", order, NoneType, timeout_s=_DROP_TIMEOUT_S)
+        answer = worker.channel.ask("drop", order, NoneType, timeout_s=_DROP_TIMEOUT_S)
+    except ReplicaError:
+        return worker.wait_gone()
+    return _dropped(worker, answer)
+
+
+async def _dropped(worker: Worker, answer: Coroutine[Any, Any, None]) -> None:
+    """Returns when the worker has said so, or is dead."""
+    try:
+        await answer
     except ReplicaError:
         await worker.wait_gone()
     except FlashServeError as error:

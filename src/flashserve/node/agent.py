@@ -165,8 +165,8 @@ class Agent:
     def retire_adapter(self, adapter_id: AdapterId) -> None:
         self._adapters.retire(adapter_id)
 
-    def prefetch_adapter(self, adapter_id: AdapterId) -> None:
-        self._adapters.prefetch(adapter_id)
+    def prefetch_adapter(self, adapter_id: AdapterId, *, into_pages: bool = False) -> None:
+        self._adapters.prefetch(adapter_id, self._serving if into_pages else None)
 
     async def stats(self) -> NodeStats:
         others = self._handout.leases()
@@ -359,6 +359,11 @@ class Agent:
         for replica in list(self._replicas.values()):
             if replica.worker is worker and replica.order.model.model_id == lost.model_id:
                 replica.lose(lost.message)
+
+    def _serving(self, model_id: ModelId) -> list[Worker]:
+        """The workers whose replicas of a model take sequences."""
+        of_model = (r for r in self._replicas.values() if r.order.model.model_id == model_id)
+        return [r.worker for r in of_model if r.ready and not r.is_ending and r.worker]
 
     def _report_workers(self) -> None:
         self._emit(WorkersChanged(self.spec.node_id, self._pool.num_ready))

@@ -10,7 +10,7 @@ import asyncio
 import collections
 import itertools
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar, cast
 
 import msgspec
@@ -144,11 +144,24 @@ class Channel(asyncio.Protocol):
             ReplicaError: the connection has ended.
             FlashServeError: what the callee reported.
         """
-        call_id = next(self._ids)
-        answer: asyncio.Future[msgspec.Raw] = self._loop.create_future()
+        return await self.ask(method, body, kind, timeout_s)
+
+    def ask(
+        self, method: str, body: object, kind: type[T], timeout_s: float | None = None
+    ) -> Coroutine[Any, Any, T]:
+        """A call that is sent at once, and its answer, which must be awaited; see `call`.
+
+        Raises:
+            ReplicaError: the connection has ended.
+        """
         self._require_open()
+        call_id = next(self._ids)
+        self._calls[call_id] = self._loop.create_future()
         self.send(Call(call_id, method, wire.pack(body)))
-        self._calls[call_id] = answer
+        return self._answer(call_id, method, kind, timeout_s)
+
+    async def _answer(self, call_id: int, method: str, kind: type[T], timeout_s: float | None) -> T:
+        answer = self._calls[call_id]
         try:
             async with asyncio.timeout(timeout_s):
                 reply = await answer

@@ -21,6 +21,7 @@ from flashserve.node.protocol import (
     DescribeAdapter,
     GenerateOrder,
     Heartbeat,
+    PrefetchAdapter,
     pack_tagged,
     unpack_event,
 )
@@ -117,8 +118,13 @@ class Node(Protocol):
     def retire_adapter(self, adapter_id: AdapterId) -> None:
         """Jobs that name it end undisturbed, and it leaves with the last."""
 
-    def prefetch_adapter(self, adapter_id: AdapterId) -> None:
-        """Brings it into DRAM ahead of a job. A failure comes with the job."""
+    def prefetch_adapter(self, adapter_id: AdapterId, *, into_pages: bool = False) -> None:
+        """Brings it into DRAM ahead of a job. A failure comes with the job.
+
+        Args:
+            into_pages: into the device's memory too, of every replica of its base that is ready
+                and has room that no sequence wants.
+        """
 
     async def stats(self) -> NodeStats: ...
 
@@ -195,8 +201,9 @@ class RemoteNode:
     def retire_adapter(self, adapter_id: AdapterId) -> None:
         self._require_channel().notify("retire_adapter", adapter_id)
 
-    def prefetch_adapter(self, adapter_id: AdapterId) -> None:
-        self._require_channel().notify("prefetch_adapter", adapter_id)
+    def prefetch_adapter(self, adapter_id: AdapterId, *, into_pages: bool = False) -> None:
+        order = PrefetchAdapter(adapter_id, into_pages)
+        self._require_channel().notify("prefetch_adapter", order)
 
     async def stats(self) -> NodeStats:
         return await self._require_channel().call("stats", None, NodeStats)

@@ -10,7 +10,7 @@
 | execute          | notice to the node   | tagged command  | -                |
 | declare_adapter  | notice to the node   | AdapterSpec     | -                |
 | retire_adapter   | notice to the node   | AdapterId       | -                |
-| prefetch_adapter | notice to the node   | AdapterId       | -                |
+| prefetch_adapter | notice to the node   | PrefetchAdapter | -                |
 | event            | notice from the node | tagged event    | -                |
 | heartbeat        | notice, both ways    | -               | -                |
 """
@@ -30,7 +30,7 @@ from flashserve.messages.commands import NodeCommand
 from flashserve.messages.events import NodeEvent
 from flashserve.messages.work import GenerateJob
 from flashserve.node.channel import Channel
-from flashserve.types import ModelSpec, ReplicaId
+from flashserve.types import AdapterId, ModelSpec, ReplicaId
 
 HEARTBEAT_INTERVAL_S = 1.0
 MISSED_HEARTBEATS = 3
@@ -48,6 +48,14 @@ class DescribeAdapter:
 
     uri: str
     base: ModelSpec
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PrefetchAdapter:
+    """See Node.prefetch_adapter."""
+
+    adapter_id: AdapterId
+    into_pages: bool
 
 
 class _Tagged(msgspec.Struct, frozen=True, array_like=True):

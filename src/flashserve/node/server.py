@@ -29,6 +29,7 @@ from flashserve.node.protocol import (
     DescribeAdapter,
     GenerateOrder,
     Heartbeat,
+    PrefetchAdapter,
     pack_tagged,
     unpack_command,
 )
@@ -180,8 +181,12 @@ class _Session:
                 adapter_id = AdapterId(wire.unpack(body, str))
                 order = functools.partial(self._agent.retire_adapter, adapter_id)
             case "prefetch_adapter":
-                adapter_id = AdapterId(wire.unpack(body, str))
-                order = functools.partial(self._agent.prefetch_adapter, adapter_id)
+                wanted = wire.unpack(body, PrefetchAdapter)
+                order = functools.partial(
+                    self._agent.prefetch_adapter,
+                    wanted.adapter_id,
+                    into_pages=wanted.into_pages,
+                )
             case _:
                 raise WireError(f"a controller sent the unknown notice {method[:40]}")
         if self._server.has_joined(self):

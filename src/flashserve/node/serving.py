@@ -41,7 +41,7 @@ from flashserve.messages.work import (
 )
 from flashserve.node.host import BatchingEngine, Host
 from flashserve.node.link import Link
-from flashserve.types import KVUsage, TokenOutput
+from flashserve.types import AdapterId, KVUsage, TokenOutput
 
 _log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class Serving:
             case Notice("prepare", body):
                 self._host.prepare(wire.unpack(body, Prepare))
                 self._may_work_ahead = True
-            case Notice("opened" | "failed" | "adapter"):
+            case Notice("opened" | "failed" | "adapter" | "prefetch"):
                 pass  # `_accept` has dealt with it
             case _:
                 _log.warning("unexpected frame %s", type(frame).__name__)
@@ -152,6 +152,8 @@ class Serving:
             case Notice("adapter", body):
                 with self._lock:
                     self._put_adapter(wire.unpack(body, AdapterImage))
+            case Notice("prefetch", body):
+                self._prefetch_adapter(AdapterId(wire.unpack(body, str)))
             case Call(method="unload"):
                 self._host.fail_arrival(ReplicaError("the replica was stopped"))
             case Notice("opened", body):
@@ -204,6 +206,14 @@ class Serving:
     def _put_adapter(self, image: AdapterImage) -> None:
         if (engine := self._host.engine) is not None:
             engine.put_adapter(image)
+
+    def _prefetch_adapter(self, adapter_id: AdapterId) -> None:
+        """Of a model that is gone, nothing is to come; who uses the adapter hears why it cannot."""
+        if (engine := self._host.engine) is not None:
+            try:
+                engine.prefetch_adapter(adapter_id)
+            except FlashServeError as error:
+                _log.warning("an adapter was not loaded ahead: %s", error)
 
     def _drop_adapter(self, order: DropAdapter) -> None:
         """Of a model that is gone, nothing is left to drop."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
 from typing import Any
@@ -138,6 +139,40 @@ def test_evicted_adapters_come_back_the_same() -> None:
         assert tokens[f"{name}0"] == tokens[f"{name}1"] == expected
     assert engine.adapter_counts["evictions"] > 0
     assert len(engine.resident_adapters) < len(KINDS)
+
+
+def test_known_and_idle_adapters_take_no_memory_of_the_device() -> None:
+    """Of a thousand that are known, one that is used takes its own pages, and those alone."""
+    made = mixed("llama")
+    engine, _ = make_engine("llama", made.image("eight"))
+    image = made.image("eight").image
+    for number in range(1000):
+        engine.put_adapter(dataclasses.replace(image, adapter_id=AdapterId(f"idle{number}@1")))
+    cache = engine._adapters.cache
+    engine.add(job_of("base", None, prompt_of(9), 4))
+    run(engine)
+    assert cache.memory is None
+    engine.add(job_of("x", image.adapter_id, prompt_of(9), 4))
+    run(engine)
+    assert cache.memory is not None
+    assert engine.resident_adapters == (image.adapter_id,)
+    assert cache.memory.pages.num_used == cache.memory.num_pages(image)
+
+
+def test_one_that_is_expected_is_loaded_before_anybody_asks_for_it() -> None:
+    made = mixed("llama")
+    four, eight, sixteen = (made.image(name) for name in ("four", "eight", "sixteen"))
+    engine, _ = make_engine("llama", four, eight, sixteen, adapter_bytes=160_000)
+    for adapter in (four, eight, four):
+        engine.prefetch_adapter(adapter.adapter_id)
+    assert engine.resident_adapters == (eight.adapter_id, four.adapter_id)
+    with pytest.raises(InputError, match="not told of adapter none@1"):
+        engine.prefetch_adapter(AdapterId("none@1"))
+    engine.add(job_of("x", four.adapter_id, prompt_of(9), 4))
+    engine.prefetch_adapter(sixteen.adapter_id)
+    assert engine.resident_adapters == (four.adapter_id, sixteen.adapter_id)
+    assert run(engine) == {"x": made.generate("four", prompt_of(9), 4)}
+    assert engine.adapter_counts == {"loads": 3, "evictions": 1, "hits": 1}
 
 
 def test_two_versions_of_one_name_run_together() -> None:

@@ -66,6 +66,8 @@ class FakeNode:
         self.adapter_facts = AdapterFacts(1 << 16, "adapter-1", 8, 1000, ("q_proj", "v_proj"))
         self.adapters: dict[AdapterId, AdapterSpec] = {}
         self.prefetched: list[AdapterId] = []
+        self.expected: list[AdapterId] = []
+        """Those of `prefetched` that are to come into pages too."""
         self.describe_error: FlashServeError | None = None
         self.start_error: FlashServeError | None = None
         self.stage_error: FlashServeError | None = None
@@ -176,8 +178,10 @@ class FakeNode:
     def retire_adapter(self, adapter_id: AdapterId) -> None:
         del self.adapters[adapter_id]
 
-    def prefetch_adapter(self, adapter_id: AdapterId) -> None:
+    def prefetch_adapter(self, adapter_id: AdapterId, *, into_pages: bool = False) -> None:
         self.prefetched.append(adapter_id)
+        if into_pages:
+            self.expected.append(adapter_id)
 
     async def stats(self) -> NodeStats:
         models = {model_id: ModelResidence(tier, 2 << 20) for model_id, tier in self._tiers.items()}

@@ -19,6 +19,7 @@ from flashserve.errors import (
     ModelNotFoundError,
     UnavailableError,
 )
+from flashserve.messages.commands import StartReplica
 from flashserve.types import AdapterId, ModelId, Tier
 
 pytestmark = pytest.mark.integration
@@ -162,6 +163,40 @@ def test_removal_while_in_use_lets_streams_finish_and_refuses_new_requests(tmp_p
     play(tmp_path, scenario)
 
 
+def test_an_adapter_of_a_cold_base_starts_it(tmp_path: Path) -> None:
+    async def scenario(rig: Rig) -> None:
+        assert rig.node.commands == []
+        await add(rig)
+        assert [type(command) for command in rig.node.commands] == [StartReplica]
+        generation, _ = await rig.generate(model_id="shout")
+        assert generation.receipt.adapter == "shout@1"
+
+    play(tmp_path, scenario)
+
+
+def test_a_base_that_is_deleted_meanwhile_gets_no_adapter(tmp_path: Path) -> None:
+    """Whether it goes before the adapter has answered, or just when it is written down."""
+
+    async def scenario(rig: Rig) -> None:
+        rig.node.running.clear()
+        adding = asyncio.create_task(add(rig))
+        await rig.eventually(lambda: len(rig.node.jobs) == 1)
+        await rig.service.delete(M)
+        rig.node.running.set()
+        with pytest.raises(ModelNotFoundError, match="tiny is not deployed"):
+            await adding
+        assert await rig.service.adapters() == []
+        await rig.eventually(lambda: rig.node.adapters == {})
+
+        await rig.deploy()
+        both = await asyncio.gather(add(rig), rig.service.delete(M), return_exceptions=True)
+        assert sum(isinstance(one, Exception) for one in both) == 1
+        kept = {status.base for status in await rig.service.adapters()}
+        assert kept <= {status.name for status in await rig.service.models()}
+
+    play(tmp_path, scenario)
+
+
 def test_two_replacements_at_once_come_one_after_the_other(tmp_path: Path) -> None:
     async def scenario(rig: Rig) -> None:
         await add(rig)
@@ -223,6 +258,12 @@ def test_an_unknown_adapter_is_answered_with_close_names(tmp_path: Path) -> None
             await rig.generate(model_id=f"{M}:sh")
         with pytest.raises(ModelNotFoundError):
             await rig.generate(model_id="nothing:shout")
+        for number in range(30):
+            await add(rig, name=f"many{number}")
+        with pytest.raises(ModelNotFoundError, match=r"did you mean shout\?.*it has: .* 11 more"):
+            await rig.generate(model_id=f"{M}:shoud")
+        with pytest.raises(ConflictError, match=r"many0, .* and 23 more\): remove"):
+            await rig.service.delete(M)
         with pytest.raises(ModelNotFoundError, match="did you mean shout"):
             await rig.service.remove_adapter("shot")
 
@@ -273,6 +314,26 @@ def test_a_queued_request_has_its_adapter_brought_near_before_it_is_dispatched(
         assert rig.node.prefetched == [AdapterId("shout@1")]
         assert len(rig.node.jobs) == 1
         await generation.aclose()
+
+    play(tmp_path, scenario)
+
+
+def test_an_expected_adapter_is_brought_near_without_a_request(tmp_path: Path) -> None:
+    async def scenario(rig: Rig) -> None:
+        await add(rig)
+        assert rig.node.expected == []
+        for name in ("shout", f"{M}:shout"):
+            assert rig.service.prefetch_adapter(name)
+        assert rig.node.expected == [AdapterId("shout@1")] * 2
+        for name in ("", "shot", "other:shout", f"{M}:", M):
+            assert not rig.service.prefetch_adapter(name)
+        rig.node.adapter_facts = dataclasses.replace(rig.node.adapter_facts, identity="adapter-2")
+        await add(rig, replace=True)
+        assert rig.service.prefetch_adapter("shout")
+        await rig.service.remove_adapter("shout")
+        assert not rig.service.prefetch_adapter("shout")
+        assert rig.node.expected == [*[AdapterId("shout@1")] * 2, AdapterId("shout@2")]
+        assert len(rig.node.jobs) == 2
 
     play(tmp_path, scenario)
 

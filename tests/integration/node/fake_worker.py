@@ -82,6 +82,9 @@ class FakeEngine:
     def put_adapter(self, image: AdapterImage) -> None:
         print(f"has {image.adapter_id}", flush=True)
 
+    def prefetch_adapter(self, adapter_id: AdapterId) -> None:
+        print(f"loads {adapter_id}", flush=True)
+
     def drop_adapter(self, adapter_id: AdapterId, *, is_damaged: bool = False) -> None:
         print(f"drops {'damaged ' * is_damaged}{adapter_id}", flush=True)
 

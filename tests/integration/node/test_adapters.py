@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,9 @@ class FakeWorker:
         self.channel = self
         self.process = self
         self.known: dict[AdapterId, AdapterImage] = {}
+        self.frames: list[str] = []
+        """What was sent, in order."""
+        self.prefetched: list[AdapterId] = []
         self.dropped: list[AdapterId] = []
         self.damaged: list[AdapterId] = []
         self.error: Exception | None = None
@@ -53,16 +56,28 @@ class FakeWorker:
         self.may_answer.set()
         self.was_killed = False
 
-    def notify(self, method: str, image: AdapterImage) -> None:
-        assert method == "adapter"
-        self.known[image.adapter_id] = image
+    def notify(self, method: str, body: Any) -> None:
+        self.frames.append(method)
+        if method == "adapter":
+            self.known[body.adapter_id] = body
+        else:
+            assert method == "prefetch"
+            assert body in self.known
+            self.prefetched.append(body)
 
-    async def call(self, method: str, body: DropAdapter, kind: object, timeout_s: float) -> None:
+    def ask(
+        self, method: str, body: DropAdapter, kind: object, timeout_s: float
+    ) -> Coroutine[Any, Any, None]:
         assert method == "drop"
+        self.frames.append(method)
+        return self._drop(body)
+
+    async def _drop(self, body: DropAdapter) -> None:
         await self.may_answer.wait()
         if self.error:
             raise self.error
-        self.known.pop(body.adapter_id, None)
+        if self.frames[-1] == "drop":
+            self.known.pop(body.adapter_id, None)
         (self.damaged if body.is_damaged else self.dropped).append(body.adapter_id)
 
     async def wait_gone(self) -> None: ...
@@ -179,6 +194,71 @@ def test_prefetched_bytes_are_there_and_not_held(tmp_path: Path) -> None:
             assert d.worker.known == {}
             await d.until(lambda: not d.adapters._tasks)
             assert d.store.adapters._shelf.whole(ModelId(spec.identity)).leases.total() == 0
+
+    run(check())
+
+
+def test_one_that_is_expected_is_loaded_by_the_workers_of_its_base(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with desk(tmp_path) as d:
+            spec = await d.register("a")
+            d.store.adapters.forget(spec.identity)
+            asked: list[ModelId] = []
+
+            def serving(base: ModelId) -> list[Any]:
+                asked.append(base)
+                return [d.worker]
+
+            for _ in range(2):
+                d.adapters.prefetch(spec.adapter_id, serving)
+            d.adapters.prefetch(AdapterId("unknown@1"), serving)
+            await d.until(lambda: not d.adapters._tasks)
+            assert asked == [d.base.model_id] * 2
+            assert d.worker.frames == ["adapter", "prefetch", "prefetch"]
+            assert (await d.adapters.residences())[spec.adapter_id].num_users == 0
+            await d.used(spec)
+            assert d.worker.frames.count("adapter") == 1
+            d.adapters.prefetch(spec.adapter_id, serving)
+            d.adapters.retire(spec.adapter_id)
+            await d.until(lambda: not d.adapters._tasks)
+            assert d.worker.known == {}
+            await d.until(lambda: not d.store.adapters.usage().used)
+
+    run(check())
+
+
+def test_one_that_is_expected_and_cannot_be_read_is_told_to_who_uses_it(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with desk(tmp_path) as d:
+            spec = await d.register("a")
+            d.store.adapters.forget(spec.identity)
+            write_adapter(Path(spec.source), seed=99)
+            d.adapters.prefetch(spec.adapter_id, lambda _: [d.worker])
+            await d.until(lambda: not d.adapters._tasks)
+            assert d.worker.frames == []
+            with pytest.raises(CheckpointError, match="add it again"):
+                await d.used(spec)
+
+    run(check())
+
+
+def test_who_uses_one_while_it_is_taken_back_tells_the_worker_after_the_drop(
+    tmp_path: Path,
+) -> None:
+    """Also in the very turn of the loop in which it is taken back."""
+
+    async def check() -> None:
+        async with desk(tmp_path) as d:
+            spec = await d.register("a")
+            await d.used(spec)
+            await d.used(spec)
+            taking = asyncio.create_task(
+                d.adapters._take_back(d.adapters._adapters[spec.adapter_id])
+            )
+            using = asyncio.create_task(d.used(spec))
+            await asyncio.gather(taking, using)
+            assert d.worker.frames == ["adapter", "drop", "adapter"]
+            assert set(d.worker.known) == {spec.adapter_id}
 
     run(check())
 
@@ -417,7 +497,7 @@ async def serve(bench: Bench, directory: Path) -> None:
     with pytest.raises(ModelNotFoundError):
         await bench.tokens("r", with_adapter("s0", spec))
     bench.node.declare_adapter(spec)
-    bench.node.prefetch_adapter(spec.adapter_id)
+    bench.node.prefetch_adapter(spec.adapter_id, into_pages=True)
     jobs = [with_adapter(f"s{number}", spec) for number in range(1, 4)]
     answers = await asyncio.gather(*(bench.tokens("r", each) for each in jobs))
     assert answers == [[1000, 1001, 1002, 1003, 1004]] * 3

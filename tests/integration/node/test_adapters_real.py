@@ -14,11 +14,11 @@ from tests.integration.node.nodes import MIB, job, make_settings, run, running_n
 from tests.integration.node.tiny import Tiny, make_tiny
 from transformers import LlamaForCausalLM
 
-from flashserve.messages.events import ReplicaStopped
-from flashserve.messages.work import LoadReport
+from flashserve.messages.events import ReplicaLost, ReplicaStopped
+from flashserve.messages.work import AdapterFacts, GenerateJob, LoadReport
 from flashserve.node.channel import Channel
 from flashserve.node.process import WORKER_COMMAND
-from flashserve.types import AdapterId, AdapterSpec
+from flashserve.types import AdapterId, AdapterSpec, ReplicaId
 
 PROMPT = [5, 17, 31, 2]
 NUM_TOKENS = 12
@@ -130,5 +130,68 @@ def test_an_adapter_answers_as_before_after_its_replica_has_slept(
                 bench.stop(f"r{turn}", tiny.spec)
                 await bench.events.next(ReplicaStopped, replica_id=f"r{turn}")
         assert [report.was_asleep for report in reports] == [False, True, True]
+
+    run(check())
+
+
+def spec_of(name: str, version: int, tiny: Tiny, facts: AdapterFacts, source: Path) -> AdapterSpec:
+    return AdapterSpec(
+        name, version, tiny.spec.model_id, str(source), facts.size_bytes, facts.identity
+    )
+
+
+def asks(sequence_id: str, spec: AdapterSpec, **changes: Any) -> GenerateJob:
+    plain = job(sequence_id, NUM_TOKENS, prompt=PROMPT)
+    return dataclasses.replace(plain, adapter_id=spec.adapter_id, salt=spec.adapter_id, **changes)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_sequence_goes_on_with_its_version_after_a_death_and_a_replacement(
+    tmp_path: Path,
+) -> None:
+    """The worker that began with it is killed, and the name has other weights by then."""
+    tiny = make_tiny(tmp_path, "tiny")
+    sources = [tmp_path / "old", tmp_path / "new"]
+    old, new = (train(tiny, source, 8, seed) for seed, source in enumerate(sources, 4))
+    assert old != new
+    num_before = 5
+
+    async def check() -> None:
+        settings = make_settings(tmp_path / "data", 2, 16 * MIB, 2 * MIB, kv_bytes=4 * MIB)
+        async with running_node("unix", settings, WORKER_COMMAND) as bench:
+            facts = [
+                await bench.node.describe_adapter(str(source), tiny.spec) for source in sources
+            ]
+            first, second = (
+                spec_of("tone", version, tiny, found, source)
+                for version, (found, source) in enumerate(zip(facts, sources, strict=True), 1)
+            )
+            bench.node.declare_adapter(first)
+            await bench.started("r0", tiny.spec)
+            stream = bench.node.generate(ReplicaId("r0"), asks("s0", first))
+            begun: list[int] = []
+            async for batch in stream:
+                begun += [token.token_id for token in batch.tokens]
+                if len(begun) >= num_before:
+                    break
+            bench.node.declare_adapter(second)
+            worker = bench.agent._replicas[ReplicaId("r0")].worker
+            assert worker is not None
+            worker.process.kill()
+            await bench.events.next(ReplicaLost, replica_id="r0")
+            await stream.aclose()
+            assert begun == old[: len(begun)]
+
+            bench.node.prefetch_adapter(first.adapter_id, into_pages=True)
+            await bench.started("r1", tiny.spec)
+            bench.node.prefetch_adapter(second.adapter_id, into_pages=True)
+            rest = asks("s1", first, emitted_ids=tuple(begun[:num_before]))
+            found = await asyncio.gather(
+                bench.tokens("r1", rest), bench.tokens("r1", asks("s2", second))
+            )
+            assert found == [old[num_before:], new]
+            bench.node.retire_adapter(first.adapter_id)
+            assert set((await bench.node.stats()).adapters) == {second.adapter_id}
+            assert await bench.tokens("r1", asks("s3", second)) == new
 
     run(check())

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.unit.control.fake_nodes import model
+from tests.unit.control.fake_nodes import model, node
 from tests.unit.control.test_starts import fleet
 
 from flashserve.errors import ModelNotFoundError
@@ -41,6 +41,17 @@ def test_a_failed_model_says_why() -> None:
     f.fail_replica(ReplicaId("a#1"), "bad_checkpoint")
     view = f.controller.model_view(A)
     assert (view.state, view.reason) == ("failed", "start on n1 failed: it is broken")
+
+
+def test_the_nodes_of_a_model_have_its_bytes_or_a_replica() -> None:
+    f = fleet(nodes=(node("n1"), node("n2")))
+    assert f.controller.nodes_of(A) == frozenset()
+    f.arrive("r1", "a")
+    assert f.controller.nodes_of(A) == {"n1"}
+    f.answer_all()
+    f.finish("r1")
+    assert f.controller.nodes_of(A) == {"n1"}
+    assert f.controller.nodes_of(ModelId("nobody")) == frozenset()
 
 
 def test_counts_cover_every_model() -> None:

@@ -74,6 +74,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.adapters: list[str] = []
+        self.prefetched: list[str] = []
         self.damaged: list[str] = []
         self.failed: dict[str, FlashServeError] = {}
         self.jobs: dict[str, list[int]] = {}
@@ -102,6 +103,11 @@ class Engine:
 
     def put_adapter(self, image: AdapterImage) -> None:
         self.adapters.append(image.adapter_id)
+
+    def prefetch_adapter(self, adapter_id: AdapterId) -> None:
+        if adapter_id not in self.adapters:
+            raise InputError(f"the replica was not told of adapter {adapter_id}")
+        self.prefetched.append(adapter_id)
 
     def drop_adapter(self, adapter_id: AdapterId, *, is_damaged: bool = False) -> None:
         if adapter_id not in self.adapters:
@@ -297,6 +303,15 @@ def test_an_adapter_is_known_from_its_notice_to_its_drop() -> None:
     assert all("not told of adapter x@1" in frame.message for frame in refused)
     assert Reply(2, wire.pack(None)) in link.sent
     assert indices(items(link, 3)) == indices(items(link, 5)) == [0]
+
+
+def test_an_adapter_is_loaded_ahead_and_one_that_cannot_be_hurts_nobody() -> None:
+    engine = Engine()
+    orders = [Notice("prefetch", wire.pack(name)) for name in ("y@1", "x@1")]
+    link = serve(Host(engine), [put("x@1"), *orders, adapted(1, "x@1")])
+    assert engine.prefetched == ["x@1"]
+    assert indices(items(link, 1)) == [0]
+    serve(Host(), [*orders])
 
 
 def test_a_drop_that_fails_is_a_fault_and_one_without_a_model_is_answered() -> None:

@@ -119,7 +119,14 @@ class AdapterCache:
             self._wanted[adapter_id] += 1
 
     def prefetch(self, adapter_id: AdapterId) -> None:
-        """Loads the adapter ahead of its use, if only those that nobody wants must give way."""
+        """Loads the adapter ahead of its use, if only those that nobody wants must give way.
+
+        One that is there is now the one that was used last.
+        """
+        with self._changed:
+            if adapter_id in self._resident:
+                self._resident.move_to_end(adapter_id)
+                return
         if (load := self._begin(adapter_id, spare_wanted=True)) is not None:
             self._load(*load)
 
