@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from tests.e2e.conftest import REPOSITORY
-from tests.e2e.harness import MODEL, QUESTION, Server, eventually, running
+from tests.e2e.harness import MODEL, QUESTION, Server, events, eventually, running
 
 NAMES = (MODEL, "shout", "pirate")
 NUM_TOKENS = 16
@@ -145,6 +146,66 @@ def test_adapters_survive_a_worker_a_stopped_replica_and_a_restart(
     lora.start()
     eventually(lambda: httpx.get(f"{lora.url}/readyz").status_code == 200, "ready again")
     assert agrees()
+
+
+def streamed(
+    server: Server, model: str, interrupt: Callable[[], None], **fields: Any
+) -> tuple[str, dict[str, Any]]:
+    """The text and the receipt of one stream; `interrupt` is called after its first tokens."""
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": QUESTION}],
+        "temperature": 0,
+        "max_tokens": NUM_TOKENS,
+        "stream": True,
+        **fields,
+    }
+    texts: list[str] = []
+    receipt: dict[str, Any] = {}
+    was_interrupted = False
+    with (
+        server.http() as http,
+        contextlib.closing(http) as client,
+        client.stream("POST", "/v1/chat/completions", json=body) as reply,
+    ):
+        assert reply.status_code == 200, reply.read()
+        for chunk in events(reply.iter_lines()):
+            texts += [choice["delta"].get("content") or "" for choice in chunk["choices"]]
+            receipt = chunk.get("flashserve") or receipt
+            if any(texts) and not was_interrupted:
+                was_interrupted = True
+                interrupt()
+    return "".join(texts), receipt
+
+
+def test_a_stream_of_an_adapter_goes_on_when_every_worker_is_killed(
+    lora: Server, wanted: dict[str, str]
+) -> None:
+    def kill_all() -> None:
+        for worker in lora.workers():
+            worker.kill()
+
+    text, receipt = streamed(lora, "shout", kill_all)
+    assert text == wanted["shout"]
+    assert receipt["resumed"] >= 1
+    assert receipt["adapter"] == "shout@1"
+
+
+def test_a_stream_ends_with_the_version_that_it_began_with(lora: Server, trained: Path) -> None:
+    add = ("adapter", "add", MODEL, "drains")
+    assert lora.cli(*add, str(trained / "shout")).returncode == 0
+    options = {"max_tokens": 4 * NUM_TOKENS, "ignore_eos": True}
+    whole = text_of(answer(lora, "drains", **options))
+
+    def replace() -> None:
+        assert lora.cli(*add, str(trained / "pirate"), "--replace").returncode == 0
+
+    text, receipt = streamed(lora, "drains", replace, **options)
+    assert (text, receipt["adapter"]) == (whole, "drains@1")
+    reply = answer(lora, "drains")
+    assert reply["flashserve"]["adapter"] == "drains@2"
+    assert text_of(reply).startswith("Arr!")
+    assert lora.cli("adapter", "remove", "drains").returncode == 0
 
 
 def test_an_unknown_adapter_is_404_with_close_names(lora: Server) -> None:
