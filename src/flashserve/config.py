@@ -168,7 +168,8 @@ class EngineSettings(_Section):
     max_batch_tokens: PositiveInt = 512
     """Tokens of one step, prompts and decodes together; a longer prompt is prefilled in chunks."""
     adapter_bytes: Bytes = 256 << 20
-    """Memory for LoRA adapters, per worker; taken when the first one is used."""
+    """Memory for LoRA adapters, per worker; taken when the first one is used. On a processor, up to
+    half as much again while adapters decode, for copies of those in the batch."""
     max_lora_rank: PositiveInt = 128
     """An adapter of a higher rank is refused."""
     adapter_patience_steps: int = Field(64, ge=0)

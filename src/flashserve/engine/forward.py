@@ -22,8 +22,8 @@ from torch import nn
 
 from flashserve.engine.attention import AttentionStep, attend, write
 from flashserve.engine.gates import EMBEDDING, Gates, layer_group
-from flashserve.engine.lora.batch import Group, LoraStep
-from flashserve.engine.lora.targets import Target, Targets
+from flashserve.engine.lora.batch import LoraStep
+from flashserve.engine.lora.targets import Group, Target, Targets
 
 
 class Forward(Protocol):
@@ -305,7 +305,7 @@ class FusedForward:
         qkv = torch.cat([_project(normed, *part) for part in layer.qkv], dim=1)
         if lora is not None:
             sizes = [weight.shape[1] for weight, _ in layer.qkv]
-            lora.add(layer.index, _QKV, normed, *qkv.split(sizes, dim=1))
+            lora.add_joined(layer.index, _QKV, normed, qkv, sizes)
         qkv = qkv.view(len(hidden), -1, self._head_dim)
         num_rotated = self._heads + self._kv_heads
         rotated = qkv[:, :num_rotated]

@@ -13,8 +13,8 @@ from flashserve.engine.attention import AttentionStep, Slots, Span
 from flashserve.engine.experts import Experts
 from flashserve.engine.forward import choose_forward
 from flashserve.engine.gates import Gates
-from flashserve.engine.lora.batch import Group, LoraStep
-from flashserve.engine.lora.targets import Targets
+from flashserve.engine.lora.batch import LoraStep
+from flashserve.engine.lora.targets import Group, Targets
 from flashserve.engine.sequence import Segment, Sequence
 from flashserve.errors import UnavailableError
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from flashserve.config import EngineSettings
-from flashserve.engine.lora.batch import Composer, Group, LoraStep, Owned
+from flashserve.engine.lora.batch import Composer, LoraStep, Owned
 from flashserve.engine.lora.cache import AdapterCache
 from flashserve.engine.lora.memory import AdapterMemory, Reader
-from flashserve.engine.lora.targets import Targets
+from flashserve.engine.lora.targets import Group, Targets
 from flashserve.engine.sequence import Segment
 
 AdaptForward = Callable[[Targets], Sequence[Group]]
@@ -52,6 +52,8 @@ class Adapters:
         The adapters are pinned.
         """
         if all(segment.sequence.adapter_id is None for segment in segments):
+            if self._composer is not None:
+                self._composer.rest()
             return segments, None
         composer = self._composer = self._composer or self._make_composer()
         order = composer.order([self._owned(segment) for segment in segments])
@@ -82,4 +84,5 @@ class Adapters:
             self._targets.embedding,
             self._targets.head,
             min_rows=self._min_rows,
+            table_bytes=self._num_bytes // 2,
         )

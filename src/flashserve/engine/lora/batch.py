@@ -9,40 +9,23 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
-import weakref
 from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
 
-from flashserve.engine.lora.kernels import Bags, Run, RunPart, add_bags, add_run
+from flashserve.engine.lora.bags import BagMaker
+from flashserve.engine.lora.kernels import Run, RunPart, Update, add_run
 from flashserve.engine.lora.memory import AdapterMemory, Placed
 from flashserve.engine.lora.segments import Segments, Span, add_all, build_segments, has_kernels
-from flashserve.engine.lora.targets import Target
+from flashserve.engine.lora.targets import Group, Target
 
-Group: TypeAlias = tuple[Target, ...]
-"""Linear layers that share their input and are computed one after another."""
 Owned: TypeAlias = tuple[Placed | None, int]
 """An adapter, or the base model alone, and how many rows in a row are its."""
 
 MANY_ROWS = 64
 """From so many rows on, an adapter's are computed by plain products with its own matrices."""
 _MAX_KEPT = 4
-# So many rows for each adapter, or fewer, are multiplied one by one in float32: products of all
-# rows with all adapters would waste more arithmetic than they save in calls.
-_FEW_ROWS_EACH = 2
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _OwnRows:
-    """What one adapter contributes to the Bags of a group; see there."""
-
-    a_starts: torch.Tensor
-    columns: torch.Tensor
-    scales: torch.Tensor
-    pages: torch.Tensor
-    lengths: torch.Tensor
 
 
 class LoraStep:
@@ -51,7 +34,7 @@ class LoraStep:
     def __init__(
         self,
         memory: AdapterMemory,
-        bags: Sequence[Bags | None],
+        updates: Sequence[Update | None],
         runs: Sequence[Sequence[Run]],
         segments: Sequence[Sequence[Segments | None]],
         spans: Sequence[Span],
@@ -60,7 +43,7 @@ class LoraStep:
         head: Target,
     ) -> None:
         self._memory = memory
-        self._bags = bags
+        self._updates = updates
         self._runs = runs
         self._segments = segments
         self._spans = spans
@@ -74,13 +57,23 @@ class LoraStep:
         Args:
             outs: [T, out_features] of each.
         """
-        bags = self._bags[group]
-        if bags is not None:
-            add_bags(self._memory, layer, bags, x, outs)
+        if (update := self._updates[group]) is not None:
+            update.add(layer, x, outs)
         for run in self._runs[group]:
             add_run(self._memory, layer, run, x, outs)
         if segments := self._segments[group]:
             add_all(self._memory, layer, segments, x, outs)
+
+    def add_joined(
+        self, layer: int, group: int, x: torch.Tensor, out: torch.Tensor, sizes: Sequence[int]
+    ) -> None:
+        """As `add`, to one tensor that has the outputs of the layers, `sizes`, side by side."""
+        update = self._updates[group]
+        is_alone = not self._runs[group] and not self._segments[group]
+        if update is not None and update.is_joined and is_alone:
+            update.add(layer, x, (out,))
+        else:
+            self.add(layer, group, x, *out.split(list(sizes), dim=1))
 
     def add_embedding(self, ids: torch.Tensor, hidden: torch.Tensor, scale: float = 1.0) -> None:
         """Args: ids: [T]; hidden: [T, hidden_size], their embeddings, times `scale`."""
@@ -110,6 +103,7 @@ class Composer:
             so that no result depends on what else is there.
         use_triton: compute with triton_kernels.py, whose results never depend on what else is
             there; otherwise only where the adapters lie on a CUDA device.
+        table_bytes: what working copies of adapters in use may take; see tables.py.
     """
 
     def __init__(
@@ -121,6 +115,7 @@ class Composer:
         *,
         min_rows: int = 1,
         use_triton: bool = False,
+        table_bytes: int = 0,
     ) -> None:
         self._memory = memory
         self._groups = groups
@@ -128,7 +123,8 @@ class Composer:
         self._head = head
         self._min_rows = min_rows
         self._use_triton = use_triton or (memory.pool.is_cuda and has_kernels())
-        self._own: weakref.WeakKeyDictionary[Placed, list[_OwnRows]] = weakref.WeakKeyDictionary()
+        self._bags = BagMaker(memory, groups, table_bytes)
+        self._last: list[Placed] = []
         self._kept: collections.OrderedDict[object, LoraStep] = collections.OrderedDict()
 
     def order(self, parts: Sequence[Owned]) -> list[int]:
@@ -155,28 +151,67 @@ class Composer:
         """
         if all(placed is None for placed, _ in parts):
             return None
-        key = (_key(parts), _key(sampled))
+        few = self._few(parts)
+        has_tables = self._have_tables(few)
+        key = (_key(parts), _key(sampled), has_tables)
         if key not in self._kept:
-            self._kept[key] = self._build(parts, sampled)
+            self._kept[key] = self._build(parts, sampled, few, use_tables=has_tables)
             while len(self._kept) > _MAX_KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         return self._kept[key]
 
+    @property
+    def table_bytes(self) -> int:
+        """Of the tables that the last step was computed from."""
+        tables = self._bags.tables
+        return tables.num_bytes if tables.are_of(self._last) else 0
+
+    def rest(self) -> None:
+        """No adapter is in use: what was made for those that were may go."""
+        self._bags.tables.release()
+        self._kept.clear()
+        self._last = []
+
+    def _have_tables(self, few: Sequence[Span]) -> bool:
+        """Whether there are tables for these spans; made when their adapters come again."""
+        adapters = [span.placed for span in few]
+        tables = self._bags.tables
+        if few and adapters == self._last and not tables.are_of(adapters):
+            self._kept.clear()  # what is kept holds on to the tables before
+            self._bags.build_tables(few)
+        self._last = adapters
+        return tables.are_of(adapters)
+
     def _is_run(self, num_rows: int) -> bool:
         return num_rows >= MANY_ROWS or self._min_rows > 1
 
-    def _build(self, parts: Sequence[Owned], sampled: Sequence[Owned]) -> LoraStep:
+    def _few(self, parts: Sequence[Owned]) -> list[Span]:
+        """The spans that Bags compute."""
+        if self._use_triton:
+            return []
+        return [span for span in _spans(parts) if not self._is_run(span.end - span.begin)]
+
+    def _build(
+        self,
+        parts: Sequence[Owned],
+        sampled: Sequence[Owned],
+        few: Sequence[Span],
+        *,
+        use_tables: bool,
+    ) -> LoraStep:
         spans = _spans(parts)
         if self._use_triton:
             return self._build_segments(spans, sampled)
         runs = [span for span in spans if self._is_run(span.end - span.begin)]
-        few = [span for span in spans if not self._is_run(span.end - span.begin)]
         if self._min_rows > 1:
             runs = _spans(parts, join=False)
         return LoraStep(
             self._memory,
-            [self._bags(index, few) for index in range(len(self._groups))],
+            [
+                self._bags.make(index, few, use_tables=use_tables)
+                for index in range(len(self._groups))
+            ],
             [
                 [run for span in runs if (run := self._run(group, span)) is not None]
                 for group in self._groups
@@ -200,50 +235,6 @@ class Composer:
             self._head,
         )
 
-    def _bags(self, group: int, spans: Sequence[Span]) -> Bags | None:
-        own = [self._own_rows(span.placed)[group] for span in spans]
-        if not any(len(item.a_starts) for item in own):
-            return None
-        begin, end = spans[0].begin, spans[-1].end
-        counts = [span.end - span.begin for span in spans]
-        by_row = self._multiplies_by_row(end - begin, len(spans))
-        if by_row:
-            num_columns = max(len(item.a_starts) for item in own)
-            firsts = [0] * len(own)
-            a_starts = torch.cat(
-                [
-                    _padded(item.a_starts, num_columns).expand(count, -1)
-                    for item, count in zip(own, counts, strict=True)
-                ]
-            )
-        else:
-            sizes = [len(item.a_starts) for item in own]
-            num_columns = sum(sizes)
-            firsts = [0, *itertools.accumulate(sizes)][:-1]
-            a_starts = torch.cat([item.a_starts for item in own])
-        take = [
-            (item.columns + row * num_columns + first)
-            for item, span, first in zip(own, spans, firsts, strict=True)
-            for row in range(span.begin - begin, span.end - begin)
-        ]
-        lengths = _repeated([item.lengths for item in own], counts)
-        zero = torch.zeros(1, dtype=torch.int64, device=lengths.device)
-        return Bags(
-            begin=begin,
-            end=end,
-            in_features=self._groups[group][0].in_features,
-            a_starts=a_starts,
-            by_row=by_row,
-            take=torch.cat(take),
-            scales=_repeated([item.scales for item in own], counts),
-            pages=_repeated([item.pages for item in own], counts),
-            offsets=torch.cat((zero, lengths.cumsum(0))),
-        )
-
-    def _multiplies_by_row(self, num_rows: int, num_adapters: int) -> bool:
-        is_wide = self._memory.pool.dtype == torch.float32
-        return is_wide and num_adapters > 1 and num_rows <= _FEW_ROWS_EACH * num_adapters
-
     def _run(self, group: Group, span: Span) -> Run | None:
         parts: list[RunPart] = []
         starts: list[int] = []
@@ -261,39 +252,6 @@ class Composer:
             self._tensor(starts),
             tuple(parts),
             self._min_rows,
-        )
-
-    def _own_rows(self, placed: Placed) -> list[_OwnRows]:
-        if placed not in self._own:
-            self._own[placed] = [self._own_group(placed, group) for group in self._groups]
-        return self._own[placed]
-
-    def _own_group(self, placed: Placed, group: Group) -> _OwnRows:
-        starts: list[int] = []
-        columns: list[int] = []
-        scales: list[float] = []
-        pages: list[int] = []
-        lengths: list[int] = []
-        for target in group:
-            num_chunks = -(-target.out_features // self._memory.page_elements)
-            found = placed.targets.get(target)
-            if found is None:
-                lengths += [0] * num_chunks
-                continue
-            for chunk in range(num_chunks):
-                pages += [start + chunk for start in found.b.starts]
-                columns += range(len(starts), len(starts) + found.rank)
-            scales += [found.scaling] * (num_chunks * found.rank)
-            lengths += [found.rank] * num_chunks
-            starts += found.a.starts
-        return _OwnRows(
-            a_starts=self._tensor(starts),
-            columns=self._tensor(columns),
-            scales=torch.tensor(
-                scales, dtype=self._memory.pool.dtype, device=self._memory.pool.device
-            ),
-            pages=self._tensor(pages),
-            lengths=self._tensor(lengths),
         )
 
     def _tensor(self, values: Sequence[int]) -> torch.Tensor:
@@ -320,12 +278,3 @@ def _spans(parts: Sequence[Owned], *, join: bool = True) -> list[Span]:
                 spans.append(Span(placed, row, row + count))
         row += count
     return spans
-
-
-def _padded(starts: torch.Tensor, count: int) -> torch.Tensor:
-    """Further rows, whose products nobody takes, are those of page 0."""
-    return torch.nn.functional.pad(starts, (0, count - len(starts)))
-
-
-def _repeated(parts: Sequence[torch.Tensor], counts: Sequence[int]) -> torch.Tensor:
-    return torch.cat([part.repeat(count) for part, count in zip(parts, counts, strict=True)])

@@ -1,12 +1,14 @@
 """Products with the low-rank updates of many adapters at once: the reference and the fast forms.
 
-Rows of a batch are sorted by adapter. Two forms compute the update of a group of linear layers
+Rows of a batch are sorted by adapter. Three forms compute the update of a group of linear layers
 that share their input (queries, keys and values, say):
 
   Bags  many adapters with few rows each, as in decoding. The rows of A of all adapters present are
-        gathered, page by page, and multiplied with all rows at once; then each row takes the
-        results of its own adapter as the weights of a sum over pages of B, straight from the
-        paged memory (an embedding bag). No loop over adapters, and nothing is padded.
+        gathered, page by page, and multiplied with all rows at once, or, from the second step with
+        the same adapters on, each with its own rows in one batched product; then each row takes
+        the results of its own adapter as the weights of a sum over pages of B, straight from the
+        paged memory (an embedding bag). No loop over adapters.
+  Pair  one adapter with few rows that comes again: two products in float32.
   Run   many rows of one adapter, as in a prompt: plain products.
 """
 
@@ -15,10 +17,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
 from flashserve.engine.lora.memory import AdapterMemory
+from flashserve.engine.lora.tables import Table
 from flashserve.errors import InternalError
 
 _SUM = 0  # torch.embedding_bag's mode
@@ -53,28 +57,138 @@ def lora_delta(
     return out
 
 
+class Products(Protocol):
+    """Makes the products of rows with the rows of A of their adapters."""
+
+    def of(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
+        """Args: rows: [R, in_features]. Returns: flat, in the memory's type."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Gathered:
+    """Gathers the rows of A in each step.
+
+    starts: [P] first pages of the rows of A of every adapter there.
+    by_row: whether starts is [rows, P], of each row's own adapter, padded; then products are made
+        row by row.
+    """
+
+    memory: AdapterMemory
+    in_features: int
+    starts: torch.Tensor
+    by_row: bool
+
+    def of(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
+        """[rows, P]."""
+        a = self.memory.rows(layer, self.in_features).index_select(0, self.starts.view(-1))
+        if self.by_row:
+            a = a.view(len(rows), -1, self.in_features)
+            return torch.bmm(a, rows[:, :, None]).view(-1)
+        return torch.mm(rows, a.t()).view(-1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tabled:
+    """Has the rows of A, scaled, in a table.
+
+    each: rows that are computed for each adapter.
+    order: [adapters * each] which rows those are; None: as they come.
+    """
+
+    table: Table
+    each: int
+    order: torch.Tensor | None
+
+    def of(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
+        """[adapters, each, rows of the table]."""
+        table = self.table.a[layer]
+        wide = rows.float()
+        if self.order is not None:
+            wide = wide.index_select(0, self.order)
+        if len(table) == 1:
+            products = torch.mm(wide, table[0].t())
+        else:
+            products = torch.bmm(wide.view(-1, self.each, wide.shape[1]), table.transpose(1, 2))
+        return products.view(-1).to(rows.dtype)
+
+
+class Update(Protocol):
+    """What the adapters of rows [begin, end) of a step add to a group of layers."""
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether `outs` may be one tensor for all layers of the group, side by side."""
+
+    def add(self, layer: int, x: torch.Tensor, outs: Sequence[torch.Tensor]) -> None:
+        """Adds to `outs`, [T, out_features] of each layer of the group, in place.
+
+        Args:
+            x: [T, in_features].
+        """
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bags:
-    """The update of one group of layers to rows [begin, end) of a step.
+    """An Update of adapters with few rows each.
 
-    a_starts: [P] first pages of the rows of A of every adapter there.
-    by_row: whether a_starts is [rows, P], of each row's own adapter, padded; then products are
-        made row by row.
-    take: [M] places in the [rows, P] products that are weights of the sum, in the order of pages.
-    scales: [M] what to multiply them with.
+    take: [M] places in the products that are weights of the sum, in the order of pages.
+    scales: [M] what to multiply them with; None if they are scaled.
     pages: [M] pages of B.
     offsets: [rows * chunks + 1] where each sum begins; a row has one for each page of its output.
+    is_joined: if every layer's output is whole pages.
     """
+
+    memory: AdapterMemory
+    begin: int
+    end: int
+    products: Products
+    take: torch.Tensor
+    scales: torch.Tensor | None
+    pages: torch.Tensor
+    offsets: torch.Tensor
+    is_joined: bool
+
+    def add(self, layer: int, x: torch.Tensor, outs: Sequence[torch.Tensor]) -> None:
+        rows = _part(x, self.begin, self.end)
+        weights = self.products.of(layer, rows).index_select(0, self.take)
+        if self.scales is not None:
+            weights.mul_(self.scales)
+        delta = torch.embedding_bag(
+            self.memory.layers[layer],
+            self.pages,
+            self.offsets,
+            False,
+            _SUM,
+            False,
+            weights,
+            True,
+        )[0].view(len(rows), -1)
+        size = self.memory.page_elements
+        at = 0
+        for out in outs:
+            width = out.shape[1]
+            _part(out, self.begin, self.end).add_(_columns(delta, at, width))
+            at += -(-width // size) * size
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pair:
+    """An Update of one adapter with few rows, from a table that has its B as well."""
 
     begin: int
     end: int
-    in_features: int
-    a_starts: torch.Tensor
-    by_row: bool
-    take: torch.Tensor
-    scales: torch.Tensor
-    pages: torch.Tensor
-    offsets: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    is_joined: bool = True
+
+    def add(self, layer: int, x: torch.Tensor, outs: Sequence[torch.Tensor]) -> None:
+        rows = _part(x, self.begin, self.end).float()
+        delta = torch.mm(torch.mm(rows, self.a[layer].t()), self.b[layer])
+        at = 0
+        for out in outs:
+            width = out.shape[1]
+            _part(out, self.begin, self.end).add_(_columns(delta, at, width))
+            at += width
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -103,40 +217,10 @@ class Run:
     min_rows: int = 1
 
 
-def add_bags(
-    memory: AdapterMemory, layer: int, bags: Bags, x: torch.Tensor, outs: Sequence[torch.Tensor]
-) -> None:
-    """Adds to `outs`, [T, out_features] of each layer of the group, in place."""
-    rows = x[bags.begin : bags.end]
-    table = memory.rows(layer, bags.in_features)
-    a = table.index_select(0, bags.a_starts.view(-1))
-    if bags.by_row:
-        a = a.view(len(rows), -1, bags.in_features)
-        products = torch.bmm(a, rows[:, :, None])
-    else:
-        products = torch.mm(rows, a.t())
-    weights = products.view(-1).index_select(0, bags.take).mul_(bags.scales)
-    delta = torch.embedding_bag(
-        memory.layers[layer],
-        bags.pages,
-        bags.offsets,
-        False,
-        _SUM,
-        False,
-        weights,
-        True,
-    )[0].view(len(rows), -1)
-    at = 0
-    for out in outs:
-        width = out.shape[1]
-        out[bags.begin : bags.end].add_(delta[:, at : at + width])
-        at += -(-width // memory.page_elements) * memory.page_elements
-
-
 def add_run(
     memory: AdapterMemory, layer: int, run: Run, x: torch.Tensor, outs: Sequence[torch.Tensor]
 ) -> None:
-    """As `add_bags`."""
+    """Adds to `outs`, [T, out_features] of each layer of the group, in place."""
     rows = x[run.begin : run.end]
     num_rows = len(rows)
     if num_rows < run.min_rows:
@@ -151,3 +235,12 @@ def add_run(
             out[run.begin : run.end].addmm_(mine, b, alpha=part.scaling)
         else:
             out[run.begin : run.end].add_(torch.mm(mine, b)[:num_rows], alpha=part.scaling)
+
+
+def _part(rows: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+    """Also a slice of all rows would cost a call."""
+    return rows if end - begin == len(rows) else rows[begin:end]
+
+
+def _columns(delta: torch.Tensor, at: int, width: int) -> torch.Tensor:
+    return delta if width == delta.shape[1] else delta[:, at : at + width]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -28,6 +28,10 @@ class Target:
     in_features: int
     out_features: int
     is_outside: bool = False
+
+
+Group: TypeAlias = tuple[Target, ...]
+"""Linear layers that share their input and are computed one after another."""
 
 
 class Targets:

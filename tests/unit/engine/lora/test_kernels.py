@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Sequence
 
@@ -20,6 +21,7 @@ from tests.unit.engine.lora.support import (
 from flashserve.engine.lora import batch
 from flashserve.engine.lora.batch import Composer, LoraStep
 from flashserve.engine.lora.kernels import lora_delta
+from flashserve.engine.lora.memory import AdapterMemory, Placed
 from flashserve.errors import InternalError
 
 RANKS = [4, 8, 16, 64, 1, 3, 128]
@@ -100,16 +102,86 @@ def test_every_form_equals_the_reference(
     ]
     memory = make_memory(Arena(*adapters), dtype, width=width, num_bytes=16 << 20)
     placed = [load(memory, adapter) for adapter in adapters]
-    composer = Composer(memory, groups(width), targets().embedding, targets().head)
-    parts = [(None if owner is None else placed[owner], 1) for owner in owners]
-    order = composer.order(parts)
-    step = composer.compose([parts[index] for index in order], [])
+    composer = make_composer(memory, width)
+    for has_tables in (False, True):
+        parts = [(None if owner is None else placed[owner], 1) for owner in owners]
+        order = composer.order(parts)
+        step = composer.compose([parts[index] for index in order], [])
+        assert step is not None
+        assert bool(composer.table_bytes) <= has_tables
+        ordered = [owners[index] for index in order]
+        by_owner = sorted(
+            range(len(ordered)), key=lambda row: -1 if ordered[row] is None else ordered[row]
+        )
+        check(step, adapters, ordered, by_owner, dtype, width)
+
+
+def make_composer(memory: AdapterMemory, width: int = 64, table_bytes: int = 64 << 20) -> Composer:
+    outside = (targets(width).embedding, targets(width).head)
+    return Composer(memory, groups(width), *outside, table_bytes=table_bytes)
+
+
+def of_rows(composer: Composer, *parts: tuple[Placed | None, int]) -> LoraStep:
+    ordered = [parts[index] for index in composer.order(parts)]
+    step = composer.compose(ordered, [])
     assert step is not None
-    ordered = [owners[index] for index in order]
-    by_owner = sorted(
-        range(len(ordered)), key=lambda row: -1 if ordered[row] is None else ordered[row]
-    )
-    check(step, adapters, ordered, by_owner, dtype, width)
+    return step
+
+
+def delta_of(step: LoraStep, x: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros(len(x), 128)
+    step.add(0, 1, x, out)
+    return out
+
+
+def test_adapters_that_come_again_are_computed_from_tables() -> None:
+    """And from their own, whichever adapters came between, or were loaded to their places."""
+    one, two = make_adapter("one", 8), make_adapter("two", 8)
+    memory = make_memory(Arena(one, two))
+    first, second = load(memory, one), load(memory, two)
+    composer = make_composer(memory)
+    x = torch.randn(3, 128)
+    wanted = delta_of(of_rows(composer, (first, 2), (second, 1)), x)
+    assert not composer.table_bytes
+    for counts in ((2, 1), (2, 1), (2, 1)):
+        step = of_rows(composer, *zip((first, second), counts, strict=True))
+        assert composer.table_bytes
+        torch.testing.assert_close(delta_of(step, x), wanted)
+    alone = delta_of(of_rows(composer, (first, 3)), x)
+    assert not composer.table_bytes
+    torch.testing.assert_close(alone[:2], wanted[:2])
+    of_rows(composer, (first, 2), (second, 1))
+    assert composer.table_bytes
+    memory.release(first)
+    anew = load(memory, two)
+    assert anew.targets == first.targets
+    for _ in range(2):
+        step = of_rows(composer, (second, 1), (anew, 2))
+        torch.testing.assert_close(delta_of(step, x[[2, 0, 1]])[0], wanted[2])
+    composer.rest()
+    assert not composer.table_bytes
+
+
+def test_tables_take_no_more_than_they_may() -> None:
+    """For ranks that differ much they would be empty for the most part."""
+    small, large = make_adapter("small", 1), make_adapter("large", 64)
+    memory = make_memory(Arena(small, large))
+    placed = [load(memory, adapter) for adapter in (small, large)]
+    rows = [2 * 64 * len(group) for group in groups()]
+    inside = [group[0].in_features for group in groups()]
+    outside = [sum(target.out_features for target in group) for group in groups()]
+    a_bytes, b_bytes = (4 * sum(map(operator.mul, rows, widths)) for widths in (inside, outside))
+    for parts, table_bytes, taken in (
+        ([(placed[1], 1)], a_bytes + b_bytes, a_bytes + b_bytes),
+        ([(placed[1], 1)], a_bytes + b_bytes - 1, a_bytes),
+        ([(placed[1], 1)], a_bytes - 1, 0),
+        ([(placed[0], 1), (placed[1], 1)], 1 << 30, 2 * a_bytes),
+        ([*[(load(memory, small), 1) for _ in range(3)], (placed[1], 1)], 1 << 30, 0),
+    ):
+        composer = make_composer(memory, table_bytes=table_bytes)
+        for _ in range(2):
+            of_rows(composer, *parts)
+        assert composer.table_bytes == taken
 
 
 def test_layers_and_modules_that_an_adapter_leaves_alone_stay_as_they_are() -> None:
