@@ -82,7 +82,7 @@ class ClosedEngine(SteppedEngine):
         ready_at = self._adapters.next_ready(now)
         return sys.maxsize if ready_at == INFINITE else max(1, math.ceil((ready_at - now) / step_s))
 
-    def _could_admit(self, now: float) -> bool:
+    def _could_admit(self) -> bool:
         return len(self._jobs) < self._shape.max_sequences
 
     def _next_to_admit(self, now: float) -> Job | None:

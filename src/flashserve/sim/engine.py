@@ -160,7 +160,7 @@ class BatchedEngine(SteppedEngine):
         job.num_emitted = sequence.num_emitted
         return job
 
-    def _could_admit(self, now: float) -> bool:
+    def _could_admit(self) -> bool:
         return self._batcher.num_running < self._shape.max_sequences
 
     def _idle_until(self, now: float) -> float:

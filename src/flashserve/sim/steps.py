@@ -169,7 +169,7 @@ class SteppedEngine(abc.ABC):
     def _cut(self, now: float) -> None:
         """End the run with the step that is under way, so that who waits can join the next one."""
         num_steps = max(1, math.ceil((now - self._began_at) / self._step_s - _ROUNDING))
-        if num_steps < self._run and self._could_admit(now):
+        if num_steps < self._run and self._could_admit():
             self._run = num_steps
             self.next_at = self._end_at
 
@@ -191,7 +191,7 @@ class SteppedEngine(abc.ABC):
         """The planned steps, or the first of them, are over."""
 
     @abc.abstractmethod
-    def _could_admit(self, now: float) -> bool:
+    def _could_admit(self) -> bool:
         """Whether the first of those who wait could join the next step."""
 
     @abc.abstractmethod
