@@ -19,7 +19,9 @@ node has them, where a row does not say otherwise.
 Memory: MB of the loading process, at "go" (idle), at most until all is resident (peak), and then
 (PSS). FlashServe's rows include the arena; s5cmd's own process is not in its row. tensorizer and
 torch.load read files that were written beforehand.
-Rows are interleaved. A peer that does not install, import or work is a row that says why.
+Every round has all rows once, those from a cold disk twice, in an order of its own: what a row
+leaves behind in the disk, and in whatever lies behind that, is to help or harm all others alike. A
+peer that does not install, import or work is a row that says why.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import argparse
 import dataclasses
 import os
 import pathlib
+import random
 import sys
 import tempfile
 import time
@@ -50,6 +53,7 @@ from stores import open_store
 SEED = 20261124
 COLD, DRAM, S3 = "disk, cold", "DRAM", "S3"
 NUM_SHARDS = 4
+TIMES_PER_ROUND = {COLD: 2, DRAM: 1, S3: 1}
 MEMORY = ("idle_rss", "peak_rss", "pss")
 
 
@@ -186,8 +190,10 @@ def measure_rows(
     bench: Bench, nursery: Nursery, rows: Iterable[Row], repeats: int
 ) -> dict[Row, Samples]:
     samples = {row: Samples() for row in rows}
+    rng = random.Random(SEED)
     for number in range(repeats):
-        for row, found in samples.items():
+        for row in round_of(samples, rng):
+            found = samples[row]
             if found.failures:
                 continue  # it would fail again
             try:
@@ -206,6 +212,13 @@ def measure_rows(
     if len(tokens) > 1:
         raise SystemExit(f"the loaders' first tokens differ: {sorted(tokens)}")
     return samples
+
+
+def round_of(rows: Iterable[Row], rng: random.Random) -> list[Row]:
+    """The rows as often as a round has them, in any order."""
+    found = [row for row in rows for _ in range(TIMES_PER_ROUND[row.start])]
+    rng.shuffle(found)
+    return found
 
 
 def table(name: str, key: str, samples: Mapping[Row, Samples], num_bytes: int) -> list[dict]:
@@ -300,7 +313,7 @@ def values(samples: Mapping[Row, Samples], num_bytes: int) -> dict[str, dict[str
     shares = [
         common.median(memcpy_s / copy_s for memcpy_s, copy_s in zip(*pair, strict=True))
         for row in OUR_COPIES
-        if all(pair := (samples[row].of("memcpy_s"), samples[row].of("resident_s")))
+        if all(pair := (samples[row].of("memcpy_s"), samples[row].of("copy_s")))
     ]
     if shares:
         entries["dram_copy_over_memcpy"] = common.value(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 import loader
@@ -72,8 +74,8 @@ def test_values_are_shares_of_the_same_runs_ceilings() -> None:
     samples = measured(
         raw=took(1.0, 1.2, 1.1),
         disk=took(1.25, 1.2, 1.3),
-        copy=took(0.25, 0.2, memcpy_s=0.2),
-        copy_2=took(0.2, memcpy_s=0.1),
+        copy=took(0.3, 0.2, memcpy_s=0.2, copy_s=0.25),
+        copy_2=took(0.2, memcpy_s=0.1, copy_s=0.2),
         fresh=took(2.0),
     )
     values = loader.values(samples, num_bytes=4 * 10**8)
@@ -88,6 +90,16 @@ def test_values_are_shares_of_the_same_runs_ceilings() -> None:
 def test_values_of_rows_that_did_not_run_are_absent() -> None:
     assert loader.values(measured(), num_bytes=1) == {}
     assert loader.served_values([], [], num_bytes=1) == {}
+
+
+def test_rounds_hold_every_row_in_orders_of_their_own() -> None:
+    rng = random.Random(1)
+    first, second = (loader.round_of(loader.ROWS, rng) for _ in range(2))
+    assert first != second
+    for found in (first, second):
+        assert {row: found.count(row) for row in loader.ROWS} == {
+            row: 2 if row.start == loader.COLD else 1 for row in loader.ROWS
+        }
 
 
 def test_overlap_is_held_against_the_longer_of_load_and_prefill() -> None:
