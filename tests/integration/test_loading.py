@@ -101,6 +101,44 @@ def test_sharded_half_precision_and_tied_weights_are_as_from_pretrained_has_them
     assert (ties(model) & {frozenset(tied)} == {frozenset(tied)}) == (family == "llama")
 
 
+def narrow(path: Path, dtype: torch.dtype, *, scaled: bool) -> None:
+    """Makes the linear weights of a saved model 8 bits wide; `scaled` puts a scale beside each."""
+    file = path / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    for name in [name for name in tensors if "_proj" in name]:
+        scale = tensors[name].abs().max().float() / 100
+        tensors[name] = (tensors[name].float() / scale).to(dtype)
+        if scaled:
+            tensors[f"{name}_scale_inv"] = scale.view(1, 1)
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
+def test_weights_of_8_bits_become_what_from_pretrained_makes_of_them(dtype, tmp_path):
+    path = save("llama", tmp_path / "model", torch.bfloat16)
+    narrow(path, dtype, scaled=False)
+    model = load_model(path, data_dir=tmp_path / "data")
+    assert_equal(model, AutoModelForCausalLM.from_pretrained(path))
+    assert model.model.layers[0].mlp.up_proj.weight.any()
+
+
+def test_an_fp8_checkpoint_with_scales_is_the_one_that_from_pretrained_returns(tmp_path):
+    path = save("llama", tmp_path / "model", torch.bfloat16)
+    wanted = AutoModelForCausalLM.from_pretrained(path)
+    narrow(path, torch.float8_e4m3fn, scaled=True)
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+        "dequantize": True,  # as transformers does on a processor
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    model = load_model(path, data_dir=tmp_path / "data")
+    assert_same_weights(model, AutoModelForCausalLM.from_pretrained(path))
+    for name, value in wanted.named_parameters():
+        assert torch.allclose(model.get_parameter(name), value, rtol=0.1, atol=0.01), name
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "float16", "auto"], ids=str)
 def test_a_wanted_dtype_converts_as_from_pretrained_does(dtype, tmp_path):
     path = save("llama", tmp_path / "model")
