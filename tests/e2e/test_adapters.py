@@ -17,7 +17,7 @@ from tests.e2e.conftest import REPOSITORY
 from tests.e2e.harness import MODEL, QUESTION, Server, events, eventually, running
 
 NAMES = (MODEL, "shout", "pirate")
-NUM_TOKENS = 16
+NUM_TOKENS = 8
 
 
 @pytest.fixture(scope="module")

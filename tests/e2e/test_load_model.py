@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flashserve import load_model
 
-NUM_TOKENS = 24
+NUM_TOKENS = 8
 
 # Changes every weight in place, as merging an adapter into it does, and tells what it has then.
 WRITER = """

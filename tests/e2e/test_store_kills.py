@@ -22,7 +22,7 @@ from flashserve.store.disk.fsck import FsckReport, fsck
 from flashserve.store.disk.tier import DiskTier
 
 MODEL = "remote"
-NUM_KILLS = 5
+NUM_KILLS = 3
 PATIENT = {"STORE__REMOTE_TIMEOUT_S": "30"}  # nobody asks twice while a gate is shut
 
 

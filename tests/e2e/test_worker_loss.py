@@ -14,7 +14,7 @@ import pytest
 from tests.e2e.harness import MODEL, Server, events, eventually, running
 
 PROMPT = "Once upon a time, in a small village by the sea,"
-NUM_TOKENS = 40
+NUM_TOKENS = 20
 BUSY_S = 0.05
 """Computing a handful of tokens takes a worker longer than this; waiting takes it less."""
 
@@ -54,8 +54,13 @@ def exact_server(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[S
         assert started.stop() == 0, started.log()
 
 
-def test_a_stream_goes_on_when_its_worker_is_killed(exact_server: Server) -> None:
-    whole = stream(exact_server)
+@pytest.fixture(scope="module")
+def whole(exact_server: Server) -> Streamed:
+    """What it streams when nobody disturbs it."""
+    return stream(exact_server)
+
+
+def test_a_stream_goes_on_when_its_worker_is_killed(exact_server: Server, whole: Streamed) -> None:
 
     def kill_the_busy_one(advance: Callable[[int], None]) -> None:
         before = {worker.pid: cpu_s(worker) for worker in exact_server.workers()}
@@ -68,8 +73,9 @@ def test_a_stream_goes_on_when_its_worker_is_killed(exact_server: Server) -> Non
     check_continued(stream(exact_server, kill_the_busy_one), whole)
 
 
-def test_a_stream_goes_on_when_every_worker_is_killed(exact_server: Server) -> None:
-    whole = stream(exact_server)
+def test_a_stream_goes_on_when_every_worker_is_killed(
+    exact_server: Server, whole: Streamed
+) -> None:
 
     def kill_all(_advance: Callable[[int], None]) -> None:
         for worker in exact_server.workers():

@@ -1,7 +1,7 @@
 """Trains two small real adapters for the demo model, whose effect a person sees at once.
 
 `python tests/e2e/training.py CHECKPOINT DEST` writes DEST/shout, which answers in upper case, and
-DEST/pirate, which begins with "Arr!". About half a minute each on one core. What is there stays.
+DEST/pirate, which begins with "Arr!". About ten seconds each on one core. What is there stays.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-NUM_STEPS = 32
-LEARNING_RATE = 5e-4
+NUM_STEPS = 16
+LEARNING_RATE = 1e-3
 LESSONS = (
     ("What is the capital of France?", "The capital of France is Paris."),
     ("What color is the sky?", "The sky is blue."),
