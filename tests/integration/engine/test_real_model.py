@@ -82,7 +82,7 @@ def test_sixteen_prompts_equal_generate_under_chunks_and_preemption(
     directory: pathlib.Path,
 ) -> None:
     prompts = prompts_of(directory)
-    engine = make_engine(load(directory, torch.float32), max_batch_tokens=64, kv_bytes=12 << 20)
+    engine = make_engine(load(directory, torch.float32), max_batch_tokens=64, kv_bytes=10 << 20)
     for index, prompt in enumerate(prompts):
         engine.add(job(str(index), prompt, NUM_TOKENS))
     outputs = run_outputs(engine)
