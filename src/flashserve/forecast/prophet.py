@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,10 +37,12 @@ _MAX_FITTED = 200
 _LEAST_PER_MINUTE = 1e-4
 
 
-def fit_prophet(values: Floats, start: int, num_ahead: int) -> tuple[Floats, Floats]:
+def fit_prophet(
+    values: Floats, start: int, num_ahead: int, bin_minutes: int = BIN_MINUTES
+) -> tuple[Floats, Floats]:
     """Prophet's values of the bins it was fitted to, and of those to come: [bins], [num_ahead].
 
-    values: per bin, NaN where not known; start: minute of the first. A series with fewer than two
+    values: per bin, NaN where not known; start: minute of the first bin. A series with fewer than two
     known bins, or only zeros, is forecast as its mean.
 
     Raises:
@@ -52,7 +54,7 @@ def fit_prophet(values: Floats, start: int, num_ahead: int) -> tuple[Floats, Flo
         return np.full(len(values), level), np.full(num_ahead, level)
     prophet, pandas = _prophet()
     bins = np.arange(len(values) + num_ahead)
-    stamps = pandas.to_datetime((start + bins * BIN_MINUTES) * 60, unit="s")
+    stamps = pandas.to_datetime((start + bins * bin_minutes) * 60, unit="s")
     # Its own scaling fails on values that are too large to be told apart.
     scale = float(np.abs(values[known]).max())
     with warnings.catch_warnings():
@@ -66,14 +68,21 @@ def fit_prophet(values: Floats, start: int, num_ahead: int) -> tuple[Floats, Flo
     return result[: len(values)], result[len(values) :]
 
 
+Fit = Callable[[Floats, int, int], tuple[Floats, Floats]]
+
+
 class ProphetLstm:
-    """Prophet plus an LSTM on the additive residual, with squared loss."""
+    """Prophet plus an LSTM on the additive residual, with squared loss.
+
+    fit_one: `fit_prophet`, or one that remembers what it fitted.
+    """
 
     name = "prophet-lstm"
 
-    def __init__(self, seed: int = 0, num_epochs: int = 15) -> None:
+    def __init__(self, seed: int = 0, num_epochs: int = 15, fit_one: Fit = fit_prophet) -> None:
         self._seed = seed
         self._num_epochs = num_epochs
+        self._fit_one = fit_one
         self._weights: ResidualWeights | None = None
 
     def fit(self, history: History, weights: Floats | None = None) -> None:  # noqa: ARG002
@@ -86,7 +95,7 @@ class ProphetLstm:
         values = binned(known_counts(history.counts)[chosen], BIN_MINUTES).astype(np.float64)
         parts = []
         for row in values:
-            fitted, _ = fit_prophet(row, history.start, 0)
+            fitted, _ = self._fit_one(row, history.start, 0)
             residual = np.nan_to_num(row - fitted)
             spread = float(residual.std())
             if spread > 0:
@@ -105,17 +114,22 @@ class ProphetLstm:
         """
         if self._weights is None:
             raise InputError("the Prophet + LSTM forecaster was not trained: call fit first")
-        return _ProphetFollower(self._weights, len(names), start)
+        return _ProphetFollower(self._weights, len(names), start, self._fit_one)
 
     def predict(self, history: History, leads: Sequence[int]) -> Prediction:
         return replay(self, history, leads)
 
 
 class _ProphetFollower:
-    """Bins so far, what Prophet says of those to come, and how far it was off lately."""
+    """Bins so far, what Prophet says of those to come, and how far it was off lately.
 
-    def __init__(self, weights: ResidualWeights, num_series: int, start: int) -> None:
+    A fit that is due is made at the first forecast after it, of the bins until it was due: minutes
+    that nobody asks about cost nothing.
+    """
+
+    def __init__(self, weights: ResidualWeights, num_series: int, start: int, fit_one: Fit) -> None:
         self._weights = weights
+        self._fit_one = fit_one
         self._minute = self._start = start
         self._bins: list[Floats] = []
         self._sum: Floats = np.zeros(num_series)
@@ -123,8 +137,10 @@ class _ProphetFollower:
         # [series, bins to come] since the last fit, and the number of bins that it was fitted to.
         self._base: Floats = np.zeros((num_series, HORIZON_BINS))
         self._fitted_bins = 0
-        self._residuals: Singles = np.zeros((num_series, WINDOW_BINS), dtype=np.float32)
+        # [series, bins]: what Prophet left of the last bins that it was fitted to.
+        self._left: Floats = np.zeros((num_series, WINDOW_BINS))
         self._outlook: Floats = np.zeros((num_series, HORIZON_BINS))
+        self._seen_bins = 0
 
     def advance(self, counts: npt.ArrayLike) -> None:
         values = known_counts(counts)
@@ -139,31 +155,38 @@ class _ProphetFollower:
         self._sum[:] = 0
         self._num_known[:] = 0
         self._bins.append(mean)
-        num_bins = len(self._bins)
-        base = self._base[:, num_bins - 1 - self._fitted_bins] if self._fitted_bins else mean
-        self._residuals[:, :-1] = self._residuals[:, 1:]
-        self._residuals[:, -1] = np.nan_to_num(mean - base)
-        if num_bins == _FIRST_FIT_BINS or num_bins % _REFIT_BINS == 0:
-            self._refit()
-        if self._fitted_bins:
-            self._look()
 
-    def _refit(self) -> None:
-        past = np.stack(self._bins[-_MAX_PAST_BINS:], axis=1)
-        start = self._minute - past.shape[1] * BIN_MINUTES
-        self._fitted_bins = len(self._bins)
-        fits = [fit_prophet(row, start, _REFIT_BINS + HORIZON_BINS) for row in past]
+    def _catch_up(self) -> None:
+        """The fit that is due, if it was not made, and the outlook after the last whole bin."""
+        num_bins = len(self._bins)
+        due = num_bins // _REFIT_BINS * _REFIT_BINS or _FIRST_FIT_BINS
+        if num_bins < due or num_bins == self._seen_bins:
+            return
+        if due != self._fitted_bins:
+            self._refit(due)
+        self._look()
+        self._seen_bins = num_bins
+
+    def _refit(self, due: int) -> None:
+        past = np.stack(self._bins[max(due - _MAX_PAST_BINS, 0) : due], axis=1)
+        start = self._start + (due - past.shape[1]) * BIN_MINUTES
+        self._fitted_bins = due
+        fits = [self._fit_one(row, start, _REFIT_BINS + HORIZON_BINS) for row in past]
         self._base = np.stack([ahead for _, ahead in fits])
         off = np.nan_to_num(past - np.stack([fitted for fitted, _ in fits]))
-        self._residuals[:] = off[:, -WINDOW_BINS:]
+        self._left = off[:, -WINDOW_BINS:]
 
     def _look(self) -> None:
         first = len(self._bins) - self._fitted_bins
         base = self._base[:, first : first + HORIZON_BINS]
-        spread = np.maximum(self._residuals.std(axis=1, keepdims=True), 1e-6)
-        self._outlook = base + self._weights.ahead(self._residuals / spread) * spread
+        since = np.stack(self._bins[self._fitted_bins :], axis=1) if first else base[:, :0]
+        off = np.nan_to_num(since - self._base[:, :first])
+        residuals = np.concatenate([self._left, off], axis=1)[:, -WINDOW_BINS:].astype(np.float32)
+        spread = np.maximum(residuals.std(axis=1, keepdims=True), 1e-6)
+        self._outlook = base + self._weights.ahead(residuals / spread) * spread
 
     def forecast(self, leads: Sequence[int]) -> Prediction:
+        self._catch_up()
         into = (self._minute - self._start) % BIN_MINUTES
         per_minute = np.repeat(np.maximum(self._outlook, _LEAST_PER_MINUTE), BIN_MINUTES, axis=1)
         minutes = np.minimum(into + np.arange(max(leads)), per_minute.shape[1] - 1)

@@ -139,7 +139,8 @@ def _of_minutes(
 def _servegen(path: Path, columns: Columns, seed: int) -> Trace:
     """Draws the arrivals of each client from its windows' distributions; see `servegen`.
 
-    Windows in which all clients of a model are idle are gaps of the collection: NaN.
+    Windows in which all clients of a model are idle are gaps of the collection: NaN. The trace
+    begins with the first window that the file has, which in a later part of a trace is not 0.
     """
     rates = columns["rate_rps"].astype(np.float64)
     _check(path, (rates >= 0) & (rates * _WINDOW_S <= _MAX_COUNT), "rate_rps is no rate")
@@ -149,9 +150,10 @@ def _servegen(path: Path, columns: Columns, seed: int) -> Trace:
         [f"{m}/{c:03d}" for m, c in zip(columns["model"], columns["client"], strict=True)]
     )
     names, rows = np.unique(ids, return_inverse=True)
-    num_windows = int(windows.max()) // _WINDOW_S + 1
+    first = int(windows.min()) // _WINDOW_S
+    num_windows = int(windows.max()) // _WINDOW_S + 1 - first
     check_size(path, len(names), num_windows * 10)
-    at = (rows, windows // _WINDOW_S)
+    at = (rows, windows // _WINDOW_S - first)
     by_window = {
         key: _placed((len(names), num_windows), at, columns[key].astype(np.float64))
         for key in ("rate_rps", "p1", "p2")
@@ -164,7 +166,7 @@ def _servegen(path: Path, columns: Columns, seed: int) -> Trace:
         own = models == model
         collected = np.repeat(busy[own].any(axis=0), 10)
         counts[np.ix_(own, ~collected)] = np.nan
-    history = History(tuple(str(name) for name in names), 0, counts)
+    history = History(tuple(str(name) for name in names), first * 10, counts)
     return Trace(path.stem, history, np.ones(len(names)), clients=True)
 
 

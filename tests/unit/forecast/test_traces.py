@@ -153,13 +153,13 @@ def test_what_is_wrong_in_parquet_is_named_with_its_row(
         read_trace(parquet(tmp_path, **columns))
 
 
-def servegen(tmp_path: Path) -> Path:
+def servegen(tmp_path: Path, begin_s: int = 0) -> Path:
     """Client 0 has 30 requests in window 0, client 1 rests; nobody was watched in window 1."""
     return parquet(
         tmp_path,
         model=["m", "m", "m", "m", "m"],
         client=[0, 1, 0, 1, 0],
-        window_s=[0, 0, 600, 600, 1200],
+        window_s=[begin_s + second for second in (0, 0, 600, 600, 1200)],
         rate_rps=[0.05, 0.0, 0.0, 0.0, 2.0],
         iat_dist=["Gamma", None, None, None, "Weibull"],
         p1=[0.3, 0.0, 0.0, 0.0, 0.5],
@@ -178,6 +178,13 @@ def test_drawn_arrivals_are_as_many_as_measured_and_gaps_are_unknown(tmp_path: P
     assert counts[0, 20:].sum() == 1200
     assert np.array_equal(counts, read_trace(path, seed=1).history.counts, equal_nan=True)
     assert not np.array_equal(counts, read_trace(path, seed=2).history.counts, equal_nan=True)
+
+
+def test_a_later_part_of_a_trace_begins_where_its_windows_begin(tmp_path: Path) -> None:
+    whole = read_trace(servegen(tmp_path), seed=1).history
+    later = read_trace(servegen(tmp_path, begin_s=864_000), seed=1).history
+    assert later.start == 14_400
+    assert np.array_equal(whole.counts, later.counts, equal_nan=True)
 
 
 def test_synthetic_cohorts_are_recognised() -> None:
