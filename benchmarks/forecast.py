@@ -51,7 +51,7 @@ import forecast_traces as traces
 from flashserve.forecast import backtest, registry, scores
 from flashserve.forecast.backtest import COLD_COSTS, LEADS, Forecasts, Split
 from flashserve.forecast.core import ArrivalModel
-from forecast_judge import EWMAS, Judge, Measured, Peers, chosen_rows, interval_over
+from forecast_judge import EWMAS, Judge, Measured, Peers, interval_over
 from forecast_traces import ALWAYS_BUSY, SPARSE, Source, Traces
 
 SEEDS = (0, 1, 2)
@@ -219,7 +219,9 @@ def decompositions(args: argparse.Namespace, found: Traces) -> Iterator[Measured
     """The decomposition beside Prophet, of all traces of more than two days together."""
     at_most = 2 if args.quick else DECOMPOSITION_SERIES
     errors = []
-    for source, choose in [(s, found.sparse) for s in SPARSE] + [(s, found.busy) for s in ALWAYS_BUSY]:
+    for source, choose in [(s, found.sparse) for s in SPARSE] + [
+        (s, found.busy) for s in ALWAYS_BUSY
+    ]:
         parts = choose(source, SEEDS[0])
         if parts is None or parts.future.history.counts.shape[1] < 3 * 1440:
             continue

@@ -273,7 +273,9 @@ def row_means(values: Floats) -> Floats:
 def _sums(counts: np.ndarray) -> Callable[[np.ndarray, np.ndarray], Floats]:
     """Of [series, minutes]: the sum over [begin, end) for many of both; NaN if any is not known."""
     known = np.isfinite(counts)
-    total = np.pad(np.cumsum(np.where(known, counts, 0), axis=1, dtype=np.float64), ((0, 0), (1, 0)))
+    total = np.pad(
+        np.cumsum(np.where(known, counts, 0), axis=1, dtype=np.float64), ((0, 0), (1, 0))
+    )
     missing = np.pad(np.cumsum(~known, axis=1), ((0, 0), (1, 0)))
 
     def over(begins: np.ndarray, ends: np.ndarray) -> Floats:

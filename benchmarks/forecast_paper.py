@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from flashserve.forecast import backtest, scores
+from flashserve.forecast import scores
 from flashserve.forecast.backtest import LEADS, Split
 from flashserve.forecast.core import ArrivalModel, Floats, known_counts
 from flashserve.forecast.decomposition import binned, decompose

@@ -129,7 +129,9 @@ class Traces:
         few = np.zeros(len(trace.weights), np.bool_)
         few[list(chosen_rows(len(few), _QUICK_SERIES))] = True
         history = trace.history
-        return trace.select(few).before(history.start + min(history.counts.shape[1], _QUICK_MINUTES))
+        return trace.select(few).before(
+            history.start + min(history.counts.shape[1], _QUICK_MINUTES)
+        )
 
     def _say(self, line: str) -> None:
         if line not in self._said:

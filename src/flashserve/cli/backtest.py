@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,23 +53,35 @@ def backtest(
     _print(ran.summary, html)
 
 
+_DECISIONS_MEAN = (
+    "idle_ratio: to the idle time of the fixed keep-alive that is cold as often",
+    "cost_N: where a cold start costs N idle minutes, to a keep-alive of N minutes",
+    "",
+)
+
+
 def _print(found: Summary, html: Path | None) -> None:
     from flashserve.forecast import report
 
     cohorts = ", ".join(f"{name} {count}" for name, count in found.cohorts.items())
+    console.print_line(f"{found.trace}:")
     console.print_line(
-        f"{found.trace}: fitted on {found.num_fitted} series and {found.fitted_minutes} minutes, "
-        f"reported on {found.num_reported} series ({cohorts}) and the {found.reported_minutes} "
-        "minutes after"
+        f"  fitted on {found.num_fitted} series and {found.fitted_minutes} minutes, reported on"
+    )
+    console.print_line(
+        f"  {found.num_reported} series ({cohorts}), the {found.reported_minutes} minutes after"
     )
     rows = report.decision_rows(found.rows)
-    console.print_table(report.DECISION_COLUMNS, rows, right=report.DECISION_COLUMNS[1:])
-    console.print_line(
-        "idle_ratio: to the fixed keep-alive that is cold as often; cost_N: where a cold start "
-        "costs N idle minutes, to a keep-alive of N minutes"
+    console.print_table(
+        report.DECISION_COLUMNS, rows, right=report.DECISION_COLUMNS[1:], fold=["model"]
     )
+    for line in _DECISIONS_MEAN:
+        console.print_line(line)
     rows = report.loss_rows(found.rows)
-    console.print_table(report.LOSS_COLUMNS, rows, right=report.LOSS_COLUMNS[2:])
-    console.print_line("loss_N: log loss of an arrival within N minutes")
+    console.print_table(report.LOSS_COLUMNS, rows, right=report.LOSS_COLUMNS[2:], fold=["model"])
+    console.print_line("loss_N: log loss of an arrival within N minutes, lower is better")
+    console.print_line("")
+    for line in textwrap.wrap(report.in_short(found.rows), 78):
+        console.print_line(line)
     if html is not None:
         console.print_line(f"drawings are in {html}")

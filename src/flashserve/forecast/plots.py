@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from markupsafe import Markup
 from flashserve.forecast import backtest, decisions, scores
 from flashserve.forecast.backtest import LEADS, Forecasts
 from flashserve.forecast.core import QUANTILE_LEVELS, ArrivalModel, History
-from flashserve.forecast.pages import drawn
+from flashserve.forecast.pages import drawn, drawn_figure
 from flashserve.forecast.summary import Ran
 from flashserve.forecast.traces import DAY
 
@@ -18,29 +19,59 @@ _FAN_LEADS = tuple(range(1, 61))
 _COMPONENT_STEP = 5
 _SHOWN_MINUTES = 480
 _COLD_COST = 30
+_CHANCE = "hazard"
 
 
-def all_plots(ran: Ran, best: str) -> dict[str, Markup]:
-    """SVG by title. best: the model whose forecasts are shown where one is.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Drawing:
+    """One figure: what it is about, how to read it, and the drawing as SVG text."""
+
+    title: str
+    reading: str
+    svg: Markup
+
+
+def all_plots(ran: Ran, best: str) -> list[Drawing]:
+    """best: the model whose forecasts are shown where one is.
 
     Raises:
         InputError: matplotlib is not installed.
     """
     model, forecasts = next(pair for pair in ran.models if pair[0].name == best)
     example = _example(ran)
-    return {
-        "What share of cold starts costs how much idle time": drawn(lambda a: _frontier(a, ran)),
-        f"Do the chances of {best} come true?": drawn(lambda a: _reliability(a, ran, forecasts)),
-        f"Chance of an arrival against the age since the last one ({best})": drawn(
-            lambda a: _hazard(a, ran, forecasts)
+    name = ran.parts.future.history.names[example][:24]
+    return [
+        Drawing(
+            "Cost frontier: what few cold starts cost in idle time",
+            "Each curve is one forecaster at all its thresholds; each dot is a policy without any. "
+            "Further down and to the left is better: fewer cold starts for less idle time.",
+            drawn(lambda axes: _frontier(axes, ran)),
         ),
-        f"The next hour of one series, as {best} saw it": drawn(
-            lambda a: _fan(a, ran, model, example)
+        Drawing(
+            f"Reliability: do the chances of {best} come true?",
+            "On the dotted line, what was called a chance of 40 % came in 40 % of the cases. Below "
+            "it, too much was promised; above it, too little. Dots hold equal shares of minutes.",
+            drawn(lambda axes: _reliability(axes, ran, forecasts)),
         ),
-        f"What the forecasts of {best} are made of": drawn(
-            lambda a: _components(a, ran, model, example)
+        Drawing(
+            f"Hazard: the chance of an arrival against the age since the last one ({best})",
+            "Peaks are timers. Above the dashed line it is cheaper to keep the model warm for the "
+            "coming minute, below it to let it go: that is the whole decision.",
+            drawn(lambda axes: _hazard(axes, ran, forecasts)),
         ),
-    }
+        Drawing(
+            f"Fan: the next hour of one series ({name}), as {best} saw it",
+            "Arrivals until each minute ahead. The black steps are what came; they should leave "
+            "the dark band in one of five cases. The series is the median one by busy minutes.",
+            drawn(lambda axes: _fan(axes, ran, model, example)),
+        ),
+        Drawing(
+            f"Components: what the forecasts of {best} for this series are made of",
+            "Trend, day and week are arrivals a minute that the past days tell; the residual is "
+            "what the model adds to them. The hazard is the chance of an arrival in the minute.",
+            drawn_figure(lambda figure: _components(figure, ran, model, example)),
+        ),
+    ]
 
 
 def _example(ran: Ran) -> int:
@@ -128,22 +159,30 @@ def _fan(axes: Any, ran: Ran, model: ArrivalModel, example: int) -> None:
     axes.legend(fontsize="small")
 
 
-def _components(axes: Any, ran: Ran, model: ArrivalModel, example: int) -> None:
+def _components(figure: Any, ran: Ran, model: ArrivalModel, example: int) -> None:
+    """Rates above, chances below: they have no unit in common."""
     history = _row(ran, example)
     shown = history.before(history.start + ran.parts.report_from + _SHOWN_MINUTES)
-    at: list[int] = []
+    hours: list[float] = []
     paths: dict[str, list[float]] = {}
     said = backtest.forecasts_from(
         model, shown, ran.parts.report_from, LEADS[:1], step=_COMPONENT_STEP
     )
     for column, prediction in said:
-        at.append(column)
+        hours.append(column / 60)
         for name, values in (prediction.components or {"rate": prediction.mean[:, 0]}).items():
             paths.setdefault(name, []).append(float(values[0]))
-    for name, path in paths.items():
-        axes.plot(at, path, label=name)
-    axes.set(xlabel="minute of the trace", ylabel="component")
-    axes.legend(fontsize="small")
+    rates = {name: path for name, path in paths.items() if name != _CHANCE}
+    panels = [(rates, "arrivals a minute")] if rates else []
+    if _CHANCE in paths:
+        panels.append(({_CHANCE: paths[_CHANCE]}, "chance a minute"))
+    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (parts, label) in zip(grid, panels, strict=True):
+        for name, path in parts.items():
+            axes.plot(hours, path, label=name)
+        axes.set(ylabel=label)
+        axes.legend(fontsize="small")
+    grid[-1].set(xlabel="hours since the trace began")
 
 
 def _row(ran: Ran, example: int) -> History:

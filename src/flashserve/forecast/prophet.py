@@ -19,7 +19,6 @@ from flashserve.errors import InputError
 from flashserve.forecast.core import Floats, History, Prediction, known_counts, replay
 from flashserve.forecast.counts import poisson_prediction
 from flashserve.forecast.decomposition import binned
-from flashserve.forecast.hazard import Singles
 from flashserve.forecast.residual import (
     HORIZON_BINS,
     WINDOW_BINS,
@@ -42,8 +41,8 @@ def fit_prophet(
 ) -> tuple[Floats, Floats]:
     """Prophet's values of the bins it was fitted to, and of those to come: [bins], [num_ahead].
 
-    values: per bin, NaN where not known; start: minute of the first bin. A series with fewer than two
-    known bins, or only zeros, is forecast as its mean.
+    values: per bin, NaN where not known; start: minute of the first bin. A series with fewer than
+    two known bins, or only zeros, is forecast as its mean.
 
     Raises:
         InputError: prophet is not installed.

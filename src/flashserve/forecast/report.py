@@ -8,9 +8,11 @@ from flashserve.forecast.summary import Ran, Row
 _PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Backtest of {{ s.trace }}</title>
 <style>{{ style }}</style>
 <h1>Backtest of {{ s.trace }}</h1>
+<p class="short">{{ short }}</p>
 <p>Fitted on {{ s.num_fitted }} series and the first {{ s.fitted_minutes }} minutes, thresholds
 included; reported on {{ s.num_reported }} series and the {{ s.reported_minutes }} minutes after a
 history that no threshold saw. Series with an arrival a minute or more are left out.
@@ -20,15 +22,16 @@ Cohorts: {% for name, count in s.cohorts.items() %}{{ name }} {{ count }}{{ ", "
 <p>A minute with arrivals in which the model is not warm is a cold start; a warm minute without
 arrivals is idle. Idle ratios are to the fixed keep-alive with the same share of cold starts:
 below 1 is better than any keep-alive. Cost ratios are to a keep-alive of as many minutes as a cold
-start costs.</p>
+start costs. Ratios of 0.95 and less are green.</p>
 {{ decisions }}
 <h2>Distributions</h2>
 <p>Log loss of "an arrival within so many minutes" (lower is better), over all series and by cohort,
 and the mean distance between what was said and what came.</p>
 {{ losses }}
-{% for title, svg in drawings.items() %}
-<h2>{{ title }}</h2>
-{{ svg }}
+{% for drawing in drawings %}
+<h2>{{ drawing.title }}</h2>
+<p>{{ drawing.reading }}</p>
+{{ drawing.svg }}
 {% endfor %}
 </html>
 """
@@ -40,11 +43,31 @@ def page(ran: Ran) -> str:
     values = {
         "s": ran.summary,
         "style": pages.STYLE,
-        "decisions": pages.table(DECISION_COLUMNS, decision_rows(rows)),
-        "losses": pages.table(LOSS_COLUMNS, loss_rows(rows)),
+        "short": in_short(rows),
+        "decisions": pages.table(
+            _DECISION_HEADINGS, decision_rows(rows), ratios=range(3, len(DECISION_COLUMNS))
+        ),
+        "losses": pages.table(_LOSS_HEADINGS, loss_rows(rows)),
         "drawings": plots.all_plots(ran, best_model(rows)),
     }
     return pages.render(_PAGE, values)
+
+
+def in_short(rows: list[Row]) -> str:
+    """What the tables say, in one line: the best forecaster against the best keep-alive."""
+    best = next(row for row in rows if row.name == best_model(rows))
+    aim, decided = next(iter(best.at.items()))
+    idle, cost = decided.idle_ratio, best.cost["30"]
+    return (
+        f"{best.name} forecasts best. Where {float(aim):.0%} cold starts were aimed at, "
+        f"{decided.cold_share:.1%} were cold, with {_against(idle, 'the idle time')} of the fixed "
+        f"keep-alive that is cold as often. Where a cold start costs 30 idle minutes, it takes "
+        f"{_against(cost, 'the cost')} of a keep-alive of 30 minutes."
+    )
+
+
+def _against(ratio: float, what: str) -> str:
+    return f"{ratio:.0%} of {what}"
 
 
 def best_model(rows: list[Row]) -> str:
@@ -64,6 +87,19 @@ DECISION_COLUMNS = [
     "cost_60",
 ]
 LOSS_COLUMNS = ["model", "cohort", "loss_1", "loss_5", "loss_10", "loss_30", "calibration_error"]
+_DECISION_HEADINGS = [
+    "forecaster or policy",
+    "cold starts aimed at",
+    "cold starts",
+    "idle time, ratio",
+    *(f"cost if a cold start costs {minutes} min, ratio" for minutes in (5, 10, 30, 60)),
+]
+_LOSS_HEADINGS = [
+    "forecaster",
+    "cohort",
+    *(f"log loss, {minutes} min" for minutes in (1, 5, 10, 30)),
+    "calibration error",
+]
 
 
 def decision_rows(rows: list[Row]) -> list[list[str]]:

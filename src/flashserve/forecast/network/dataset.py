@@ -25,7 +25,8 @@ class Cells:
 
     due: log odds of each interval by the gap histogram. at_risk: nothing came before the interval,
     and it is known. arrived: something came in it. more: arrivals beyond the first within the lead,
-    NaN where there were none. offset: log of what is expected of `more`. weights: [series].
+    NaN where there were none. offset: log of what is expected of `more`; shape [.., 1]: log of the
+    shape that it is expected to have. weights: [series].
     """
 
     x: Singles
@@ -34,6 +35,7 @@ class Cells:
     arrived: Singles
     more: Singles
     offset: Singles
+    shape: Singles
     weights: Singles
 
 
@@ -44,6 +46,7 @@ class Dataset:
     rows: npt.NDArray[np.float16]
     due: npt.NDArray[np.float16]
     offset: npt.NDArray[np.float16]
+    shape: npt.NDArray[np.float16]
     counts: Floats
     weights: Singles
     mean: Singles
@@ -78,6 +81,7 @@ class Dataset:
             arrived,
             more,
             part(self.offset),
+            part(self.shape),
             self.weights[series],
         )
 
@@ -134,6 +138,7 @@ def make_dataset(
     raw = np.empty((num_minutes, num_series, NUM_FEATURES), dtype=np.float16)
     due = np.empty((num_minutes, num_series, len(LEADS)), dtype=np.float16)
     offset = np.empty_like(due)
+    shape = np.empty((num_minutes, num_series, 1), dtype=np.float16)
     features = Features(num_series, start, pool)
     for minute, column in enumerate(counts.T):
         if minute >= skipped:
@@ -141,12 +146,13 @@ def make_dataset(
             raw[minute - skipped] = rows
             due[minute - skipped] = due_logits(rows)
             offset[minute - skipped] = features.log_offset()
+            shape[minute - skipped, :, 0] = features.shape_offset()
         features.advance(column)
     shift = (begin.mean, begin.scale, begin.low, begin.high) if begin else _normalisation(raw)
     for table in raw:
         table[:] = np.clip((table.astype(np.float32) - shift[0]) * shift[1], shift[2], shift[3])
     share = (weights / max(float(weights.mean()), 1e-12)).astype(np.float32)
-    return Dataset(raw, due, offset, counts[:, skipped:], share, *shift, pool)
+    return Dataset(raw, due, offset, shape, counts[:, skipped:], share, *shift, pool)
 
 
 def _normalisation(raw: npt.NDArray[np.float16]) -> tuple[Singles, Singles, Singles, Singles]:

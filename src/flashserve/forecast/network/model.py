@@ -78,10 +78,11 @@ class NetworkFollower:
         p = p_within(hazard)
         more = np.exp(self._features.log_offset() + extra)
         wanted = p_at_leads(LEADS, p, leads)
+        log_shape = self._features.shape_offset()[:, None] + shape
         return hurdle_prediction(
             wanted,
             np.maximum(at_leads(LEADS, more, leads), 0),
-            np.exp(at_leads(LEADS, shape.astype(np.float64), leads)),
+            np.exp(at_leads(LEADS, log_shape, leads)),
             self._components(float(leads[0]), wanted[:, 0], more[:, 0]),
         )
 

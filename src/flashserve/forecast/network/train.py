@@ -175,7 +175,7 @@ def _loss(
     counted = _count_loss(
         torch.nan_to_num(more).double(),
         (torch.from_numpy(cells.offset) + extra).double(),
-        shape.double(),
+        (torch.from_numpy(cells.shape) + shape).double(),
     )
     bounded = torch.nan_to_num(counted, nan=0.0).clamp(max=_MAX_CELL_LOSS) * has_more
     total = (misses.clamp(max=_MAX_CELL_LOSS) * at_risk * share).sum()
