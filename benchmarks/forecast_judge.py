@@ -11,15 +11,10 @@ import numpy as np
 
 from flashserve.forecast import backtest, decisions, registry, scores, summary
 from flashserve.forecast.backtest import COLD_COSTS, COLD_SHARES, LEADS, Forecasts, Split
-from flashserve.forecast.core import QUANTILE_LEVELS, ArrivalModel, Floats
+from flashserve.forecast.core import ArrivalModel, Floats
 from flashserve.forecast.decisions import Outcome
 
 EWMAS = tuple(f"ewma-{half_life}" for half_life in registry.EWMA_HALF_LIVES)
-# The levels that replicas are planned by, and every how many minutes busy series are forecast.
-UPPER = (0.9, 0.99)
-COUNT_STEP = 5
-_WINDOWS = (1, 2, 3, 6, 12, 30)
-_HEADROOMS = (0.7, 0.85, 1.0, 1.1, 1.25, 1.5, 2.0)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -132,136 +127,6 @@ def _cold(ours: Outcome) -> Callable[[Floats], float]:
     return lambda weights: float(ours.cold_share(weights))
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Counted:
-    """What came within each lead of some minutes, and quantiles said before: [series, minutes, K].
-
-    quantiles: [series, minutes, K, QUANTILE_LEVELS]; NaN in `came` where it is not known.
-    """
-
-    came: Floats
-    quantiles: Floats
-
-
-def count_forecasts(
-    model: ArrivalModel, parts: Split, first: int, last: int, *, of_past: bool
-) -> Counted:
-    """Forecasts of counts at every fifth minute of the columns [first, last)."""
-    history = (parts.past if of_past else parts.future).history
-    told = history.before(history.start + last)
-    said = [
-        prediction.quantiles
-        for _, prediction in backtest.forecasts_from(model, told, first, LEADS, COUNT_STEP)
-    ]
-    minutes = np.arange(first, last, COUNT_STEP)
-    return Counted(came_within(told.counts, minutes), np.stack(said, axis=1))
-
-
-def came_within(counts: np.ndarray, minutes: np.ndarray) -> Floats:
-    """Arrivals in [t, t + lead) of each minute t: [series, minutes, LEADS]; NaN if not known."""
-    sums = _sums(counts)
-    last = counts.shape[1]
-    result = np.full((len(counts), len(minutes), len(LEADS)), np.nan)
-    for at, lead in enumerate(LEADS):
-        known = minutes + lead <= last
-        result[:, known, at] = sums(minutes[known], minutes[known] + lead)
-    return result
-
-
-class Reactive:
-    """Scaling by what was: the largest of the last windows as long as the lead, times a headroom.
-
-    For each lead and level the number of windows and the headroom are those with the least pinball
-    loss on the minutes in which thresholds are fixed, over all series.
-    """
-
-    def __init__(self, counts: np.ndarray, first: int, last: int) -> None:
-        minutes = np.arange(first, last, COUNT_STEP)
-        came = came_within(counts[:, :last], minutes)
-        scale = scale_of(counts[:, :first])
-        self._best = {
-            (lead, level): min(
-                ((num, headroom) for num in _WINDOWS for headroom in _HEADROOMS),
-                key=lambda how, at=at, lead=lead, level=level: float(  # type: ignore[misc]
-                    np.nanmean(
-                        pinball_of(
-                            how[1] * self._largest(counts, minutes, lead, how[0]),
-                            came[..., at],
-                            level,
-                            scale,
-                        )
-                    )
-                ),
-            )
-            for at, lead in enumerate(LEADS)
-            for level in UPPER
-        }
-
-    @staticmethod
-    def _largest(counts: np.ndarray, minutes: np.ndarray, lead: int, num_windows: int) -> Floats:
-        sums = _sums(np.nan_to_num(counts))
-        windows = []
-        for back in range(1, num_windows + 1):
-            begins = np.maximum(minutes - back * lead, 0)
-            windows.append(sums(begins, np.maximum(minutes - (back - 1) * lead, 0)))
-        largest: Floats = np.max(windows, axis=0)
-        return largest
-
-    def said(self, counts: np.ndarray, minutes: np.ndarray) -> Floats:
-        """[series, minutes, LEADS, UPPER]."""
-        said = np.empty((len(counts), len(minutes), len(LEADS), len(UPPER)))
-        for at, lead in enumerate(LEADS):
-            for which, level in enumerate(UPPER):
-                num_windows, headroom = self._best[lead, level]
-                largest = self._largest(counts, minutes, lead, num_windows)
-                said[:, :, at, which] = headroom * largest
-        return said
-
-
-def count_figures(
-    ours: Counted, theirs: Floats, scale: Floats, weights: Floats, resamples: int
-) -> Iterator[tuple[str, scores.Interval]]:
-    """Coverage of the levels, and pinball losses over the reactive ones'.
-
-    theirs: [series, minutes, LEADS, UPPER]; scale: [series], by which counts are divided.
-    """
-    rows = np.arange(len(weights))
-
-    def over(values: Floats, against: Floats | None = None) -> scores.Interval:
-        def figure(chosen: Floats) -> float:
-            mean = summary.mean_loss(values, chosen)
-            if against is None:
-                return mean
-            other = summary.mean_loss(against, chosen)
-            return mean / other if other else float("nan")
-
-        return interval_over(figure, rows, weights, resamples)
-
-    for at, lead in enumerate(LEADS):
-        came = ours.came[..., at]
-        for which, level in enumerate(UPPER):
-            said = ours.quantiles[..., at, QUANTILE_LEVELS.index(level)]
-            known = np.where(np.isnan(came), np.nan, came <= said)
-            yield f"coverage_{level * 100:g}_{lead}", over(row_means(known))
-            reactive = theirs[..., at, which]
-            lost = row_means(pinball_of(reactive, came, level, scale))
-            for name, quantile in (("pinball", said), ("max_pinball", np.maximum(said, reactive))):
-                mine = row_means(pinball_of(quantile, came, level, scale))
-                yield f"{name}_{level * 100:g}_{lead}", over(mine, lost)
-
-
-def pinball_of(said: Floats, came: Floats, level: float, scale: Floats) -> Floats:
-    """[series, minutes], over the scale of each series."""
-    return scores.pinball(said[..., None], came, [level])[..., 0] / scale[:, None]
-
-
-def scale_of(counts: np.ndarray) -> Floats:
-    """Mean count of each series, so that none counts more for being large; at least one."""
-    known = np.isfinite(counts)
-    means = np.where(known, counts, 0).sum(axis=1) / np.maximum(known.sum(axis=1), 1)
-    return np.maximum(means, 1.0).astype(np.float64)
-
-
 def row_means(values: Floats) -> Floats:
     """Over the minutes that are known; NaN where there are none."""
     known = np.isfinite(values)
@@ -270,19 +135,43 @@ def row_means(values: Floats) -> Floats:
     return np.where(num_known > 0, total / np.maximum(num_known, 1), np.nan)
 
 
-def _sums(counts: np.ndarray) -> Callable[[np.ndarray, np.ndarray], Floats]:
-    """Of [series, minutes]: the sum over [begin, end) for many of both; NaN if any is not known."""
-    known = np.isfinite(counts)
-    total = np.pad(
-        np.cumsum(np.where(known, counts, 0), axis=1, dtype=np.float64), ((0, 0), (1, 0))
-    )
-    missing = np.pad(np.cumsum(~known, axis=1), ((0, 0), (1, 0)))
+class Runs:
+    """Models on splits; what one part ran is there for the next."""
 
-    def over(begins: np.ndarray, ends: np.ndarray) -> Floats:
-        values: Floats = total[:, ends] - total[:, begins]
-        return np.where(missing[:, ends] > missing[:, begins], np.nan, values)
+    def __init__(self) -> None:
+        self._forecasts: dict[tuple[str, str, int], Forecasts] = {}
+        self._fitted: dict[tuple[str, str, int], ArrivalModel] = {}
 
-    return over
+    def forecasts(self, name: str, trace: str, parts: Split, seed: int) -> Forecasts:
+        """P(arrival) of every reported minute of the series that come and go."""
+        key = (name, trace, seed)
+        if key not in self._forecasts:
+            say(f"seed {seed}: {trace}: {name}")
+            [model] = registry.make_models([name], seed)
+            self._forecasts[key] = backtest.run_model(model, parts)
+        return self._forecasts[key]
+
+    def fitted(self, name: str, trace: str, parts: Split, seed: int) -> ArrivalModel:
+        """The model, fitted to the series that are always busy."""
+        key = (name, trace, seed)
+        if key not in self._fitted:
+            say(f"seed {seed}: counts of {trace}: {name}")
+            [model] = registry.make_models([name], seed)
+            past = parts.past
+            model.fit(past.history.before(past.history.start + parts.fit_until), past.weights)
+            self._fitted[key] = model
+        return self._fitted[key]
+
+
+def judged(
+    trace: str, parts: Split, peers: Peers, said: Forecasts, seed: int, resamples: int
+) -> Iterator[Measured]:
+    for cohort, num_series, figure, interval in Judge(parts, peers, said, resamples).figures():
+        yield Measured(trace, said.model, seed, cohort, num_series, figure, interval)
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
 
 
 def chosen_rows(num_series: int, at_most: int, seed: int = 0) -> Sequence[int]:

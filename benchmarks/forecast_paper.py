@@ -8,29 +8,30 @@ between seeds, which change the LSTM alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from flashserve.forecast import scores
-from flashserve.forecast.backtest import LEADS, Split
-from flashserve.forecast.core import ArrivalModel, Floats, known_counts
+from flashserve.forecast import backtest, scores, summary
+from flashserve.forecast.backtest import LEADS, Forecasts, Split
+from flashserve.forecast.core import Floats, known_counts
 from flashserve.forecast.decomposition import binned, decompose
 from flashserve.forecast.prophet import ProphetLstm, fit_prophet
 from flashserve.forecast.traces import DAY, Trace
+from forecast_counts import busy_figures
 from forecast_judge import (
-    COUNT_STEP,
-    Counted,
     Measured,
-    Reactive,
+    Peers,
+    Runs,
     chosen_rows,
-    count_figures,
-    count_forecasts,
     interval_over,
+    judged,
     row_means,
-    scale_of,
+    say,
 )
+from forecast_traces import ALWAYS_BUSY, SPARSE, Traces
 
+ALL = "all traces"
 PAPER = "prophet-lstm"
 _HOUR = 60
 _FORECAST_HOURS = 24
@@ -67,52 +68,6 @@ def _few(trace: Trace, at_most: int) -> Trace:
     return trace.select(rows)
 
 
-def paper_model(seed: int, fits: RememberedFits) -> ArrivalModel:
-    return ProphetLstm(seed, fit_one=fits)
-
-
-def busy_figures(
-    trace: str, parts: Split, models: dict[str, ArrivalModel], seed: int, resamples: int
-) -> Iterator[Measured]:
-    """How many would come, of series that are always busy: each fitted model on the same split."""
-    past, future = parts.past.history, parts.future.history
-    reactive = Reactive(past.counts, parts.fit_until, parts.tune_until)
-    last = future.counts.shape[1]
-    minutes = np.arange(parts.report_from, last, COUNT_STEP)
-    theirs = reactive.said(future.counts, minutes)
-    scale = scale_of(future.counts[:, : parts.report_from])
-    num_series = len(future.names)
-    for name, model in models.items():
-        said = count_forecasts(model, parts, parts.report_from, last, of_past=False)
-        figures = [
-            *count_figures(said, theirs, scale, parts.future.weights, resamples),
-            *_distances(said, scale, parts.future.weights, resamples),
-        ]
-        for figure, interval in figures:
-            yield Measured(trace, name, seed, "busy", num_series, figure, interval)
-
-
-def _distances(
-    said: Counted, scale: Floats, weights: Floats, resamples: int
-) -> Iterator[tuple[str, scores.Interval]]:
-    """Mean distance of the median from what came, over the series' mean count and the lead."""
-    for at, lead in enumerate(LEADS):
-        off = np.abs(said.quantiles[..., at, 1] - said.came[..., at]) / (scale[:, None] * lead)
-        mean = row_means(off)
-        known = ~np.isnan(mean)
-        yield (
-            f"mae_{lead}",
-            interval_over(
-                lambda chosen, mean=mean, known=known: (  # type: ignore[misc]
-                    float(mean[known] @ chosen[known] / max(float(chosen[known].sum()), 1e-12))
-                ),
-                np.arange(len(weights)),
-                weights,
-                resamples,
-            ),
-        )
-
-
 def daily_errors(trace: Trace, at_most: int, seed: int = 0) -> tuple[Floats, Floats]:
     """Mean absolute errors of the day ahead, by decomposition and by Prophet: [series] each.
 
@@ -146,15 +101,111 @@ def daily_errors(trace: Trace, at_most: int, seed: int = 0) -> tuple[Floats, Flo
     return means[0][known], means[1][known]
 
 
-def mae_ratio(ours: Floats, theirs: Floats, resamples: int) -> scores.Interval:
-    """The decomposition's mean error over Prophet's, over series."""
-
-    def ratio(chosen: Floats) -> float:
-        total = float(chosen @ theirs)
-        return float(chosen @ ours) / total if total else float("nan")
-
-    return interval_over(ratio, np.arange(len(ours)), np.ones(len(ours)), resamples)
-
-
-def spans_days(trace: Trace) -> bool:
+def _spans_days(trace: Trace) -> bool:
     return trace.history.counts.shape[1] > DAY
+
+
+def beside(
+    candidate: str, found: Traces, runs: Runs, seeds: Sequence[int], at_most: int, resamples: int
+) -> Iterator[Measured]:
+    """Both hybrids on the same few series of every trace of more than a day.
+
+    The arrivals and the candidate are those of the first seed; seeds are of the paper's LSTM.
+    """
+    fits = RememberedFits()
+    for source in SPARSE:
+        parts = found.sparse(source, seeds[0])
+        if parts is None or not _spans_days(parts.future):
+            continue
+        few = drawn(parts, at_most)
+        peers = Peers(few)
+        label = f"{source.name} ({len(few.future.weights)} series)"
+        ours = runs.forecasts(candidate, source.name, parts, seeds[0])
+        ours = of_drawn(ours, parts, few)
+        yield from judged(label, few, peers, ours, seeds[0], resamples)
+        for seed in seeds:
+            say(f"seed {seed}: {PAPER} on {label}")
+            theirs = backtest.run_model(ProphetLstm(seed, fit_one=fits), few)
+            yield from judged(label, few, peers, theirs, seed, resamples)
+            yield from _direct(label, candidate, seed, ours, theirs, few, resamples)
+    for source in ALWAYS_BUSY:
+        parts = found.busy(source, seeds[0])
+        if parts is None or not _spans_days(parts.future):
+            continue
+        few = drawn(parts, at_most // 2)
+        past = few.past
+        label = f"{source.name} ({len(few.future.weights)} busy series)"
+        model = runs.fitted(candidate, source.name, parts, seeds[0])
+        yield from busy_figures(label, few, model, seeds[0], resamples)
+        for seed in seeds:
+            say(f"seed {seed}: {PAPER} on {label}")
+            paper = ProphetLstm(seed, fit_one=fits)
+            paper.fit(past.history.before(past.history.start + few.fit_until), past.weights)
+            yield from busy_figures(label, few, paper, seed, resamples)
+
+
+def of_drawn(said: Forecasts, parts: Split, few: Split) -> Forecasts:
+    """What was said of the series of `few`; the thresholds are those of all."""
+    wanted = set(few.future.history.names)
+    rows = [at for at, name in enumerate(parts.future.history.names) if name in wanted]
+    return Forecasts(said.model, said.p[rows], said.thresholds)
+
+
+def _direct(
+    trace: str,
+    candidate: str,
+    seed: int,
+    ours: Forecasts,
+    theirs: Forecasts,
+    parts: Split,
+    resamples: int,
+) -> Iterator[Measured]:
+    """Log losses of one model over those of the other."""
+    losses = [backtest.losses(said, parts) for said in (ours, theirs)]
+    weights = parts.future.weights
+    rows = np.arange(len(weights))
+    for at, lead in enumerate(LEADS):
+        interval = _ratio_of_means(losses[0][:, at], losses[1][:, at], rows, weights, resamples)
+        name = f"{candidate}/{PAPER}"
+        yield Measured(trace, name, seed, "all", len(rows), f"logloss_{lead}", interval)
+
+
+def _ratio_of_means(
+    ours: Floats, theirs: Floats, rows: np.ndarray, weights: Floats, resamples: int
+) -> scores.Interval:
+    def ratio(chosen: Floats) -> float:
+        other = summary.mean_loss(theirs, chosen)
+        return summary.mean_loss(ours, chosen) / other if other else float("nan")
+
+    return interval_over(ratio, rows, weights, resamples)
+
+
+def decompositions(found: Traces, at_most: int, resamples: int) -> Iterator[Measured]:
+    """The decomposition beside Prophet on every trace of three days, and on all of them together.
+
+    The last one is of all.
+    """
+    every: list[tuple[Floats, Floats]] = []
+    sparse = [(source, found.sparse) for source in SPARSE]
+    for source, choose in sparse + [(source, found.busy) for source in ALWAYS_BUSY]:
+        parts = choose(source, 0)
+        if parts is None or parts.future.history.counts.shape[1] < 3 * DAY:
+            continue
+        say(f"decomposition beside Prophet on {source.name}")
+        errors = daily_errors(parts.future, at_most)
+        every.append(errors)
+        yield from _mae(source.name, *errors, resamples)
+    if every:
+        ours, theirs = (np.concatenate([pair[side] for pair in every]) for side in (0, 1))
+        yield from _mae(ALL, ours, theirs, resamples)
+
+
+def _mae(trace: str, ours: Floats, theirs: Floats, resamples: int) -> Iterator[Measured]:
+    if not len(ours):
+        return
+    rows, weights = np.arange(len(ours)), np.ones(len(ours))
+    interval = _ratio_of_means(ours, theirs, rows, weights, resamples)
+    yield Measured(trace, "decomposition/prophet", 0, "all", len(rows), "mae_day", interval)
+    better = float(np.median(ours / np.maximum(theirs, 1e-12)))
+    middle = scores.Interval(better, better, better)
+    yield Measured(trace, "decomposition/prophet", 0, "all", len(rows), "median_mae_day", middle)

@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -87,9 +87,11 @@ class Folders:
 class Traces:
     """Reads what is asked for, each file once, and says once what it leaves out."""
 
-    def __init__(self, folders: Folders, *, quick: bool) -> None:
+    def __init__(self, folders: Folders, *, quick: bool, only: Sequence[str] = ()) -> None:
+        """only: names of sources, others are passed over; none of them means all."""
         self._folders = folders
         self._quick = quick
+        self._only = only
         self._read: dict[tuple[pathlib.Path, int], Trace] = {}
         self._said: set[str] = set()
 
@@ -101,6 +103,8 @@ class Traces:
         return self._split(source, seed, _busy)
 
     def _split(self, source: Source, seed: int, choose: Callable[[Trace], Trace]) -> Split | None:
+        if self._only and source.name not in self._only:
+            return None
         try:
             past = self._short(choose(self._trace(source, self._folders.past, seed)))
             if not self._folders.are_apart:

@@ -12,7 +12,8 @@ import forecast_paper as paper
 from flashserve.forecast import backtest, registry, scores, synthetic
 from flashserve.forecast.core import History
 from flashserve.forecast.traces import Trace
-from forecast_judge import Judge, Measured, Peers, Reactive, came_within
+from forecast_counts import Reactive, came_within
+from forecast_judge import Judge, Measured, Peers
 from forecast_traces import SPARSE, Folders, Traces, watched
 
 
