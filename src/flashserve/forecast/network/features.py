@@ -7,13 +7,11 @@ Counts are not clamped: logarithms keep them small, and a bound at e^12 once cor
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from flashserve.forecast.core import Floats
 from flashserve.forecast.hazard import Gaps, Pool, Singles
 from flashserve.forecast.network.scatter import Scatter
 from flashserve.forecast.network.seasons import DailyDecomposition, DaySlots, HourPhase
-from flashserve.forecast.network.sessions import Sessions
 
 # The leads, in minutes, that the heads are trained for; others are interpolated.
 LEADS = (1, 2, 5, 10, 20, 30, 60)
@@ -30,13 +28,9 @@ NAMES = (
     *(f"due_{lead}" for lead in LEADS),
     *("log_age", "log_known", "log_gaps", "log_longer_gaps"),
     *("age_to_gap_1", "age_to_gap_2", "age_to_gap_3", "log_gap", "gap_change"),
-    *("until_gap_1", "until_gap_2", "until_gap_3"),
     *("gap_mean", "gap_spread", "gap_z", "is_due_as_last", "is_due_as_before"),
-    *("is_on", "on_minutes", "off_minutes", "on_to_usual", "off_to_usual"),
-    *("on_activity", "usual_on", "usual_off"),
-    *("log_scatter", "log_shape"),
-    *("phase_1", "phase_5", "phase_15", "phase_30"),
-    *("slot_now", "slot_soon", "slot_later"),
+    *("phase_1", "phase_5", "phase_15"),
+    *("slot_now", "slot_soon"),
     *("season_ratio", "season_daily", "season_weekly"),
     *(f"clock_{period}" for period in _CLOCKS),
     *("hour_sin", "hour_cos", "day_sin", "day_cos"),
@@ -55,13 +49,6 @@ def logit(p: Floats | Singles) -> Floats:
     return odds
 
 
-def _signed_log(minutes: npt.ArrayLike) -> Floats:
-    """Near zero minute by minute, far from it by magnitude."""
-    values = np.asarray(minutes, dtype=np.float64)
-    result: Floats = np.sign(values) * np.minimum(np.log2(1 + np.abs(values)), 8.0)
-    return result
-
-
 class Features:
     """The state behind the features of some series; `minute` is the first that was not told."""
 
@@ -72,7 +59,6 @@ class Features:
         self._pool = pool
         self._phase = HourPhase(num_series)
         self._slots = DaySlots(num_series)
-        self._sessions = Sessions(num_series)
         self._scatter = Scatter(num_series)
         self._ring: Singles = np.zeros((_RING, num_series), dtype=np.float32)
         # [half lives, series] of counts and of active minutes, and how much of each is filled.
@@ -97,7 +83,6 @@ class Features:
         self._learn_gap(values > 0)
         self._learn_typical(values)
         self.gaps.advance(counts)
-        self._sessions.advance(values > 0, self.gaps.age)
         self._phase.advance(self.minute, counts)
         self._slots.advance(self.minute, counts)
         self.decomposition.advance(self.minute, counts)
@@ -142,13 +127,10 @@ class Features:
             *(age, np.log1p(gaps.num_known), np.log1p(gaps.num_gaps), np.log1p(longer)),
             *np.clip(age[:, None] - log_recent[:, :3], -8, 8).T,
             *(log_recent[:, 0], np.clip(log_recent[:, 0] - log_recent[:, 1], -8, 8)),
-            *_signed_log(recent[:, :3] - (gaps.age[:, None] + 1.0)).T,
             *(self._gap_mean, spread, np.clip((age - self._gap_mean) / (spread + 0.1), -8, 8)),
             *(gaps.age + 1 == recent[:, 0], gaps.age + 1 == recent[:, 1]),
-            *self._sessions.columns(),
-            *(np.log(self._scatter.squared + 1e-6), self.shape_offset()),
-            *(logit(self._phase.expected(minute, ahead, rate)) for ahead in (1, 5, 15, 30)),
-            *(self._slots.log_odds(minute + ahead, rate) for ahead in (0, 15, 45)),
+            *(logit(self._phase.expected(minute, ahead, rate)) for ahead in (1, 5, 15)),
+            *(self._slots.log_odds(minute + ahead, rate) for ahead in (0, 15)),
             np.log((np.maximum(season.sum(axis=0), 0) + 1e-4) / (size + 1e-4))
             * (np.abs(season).sum(axis=0) > 0),
             *(season[1:] / scale),

@@ -18,19 +18,19 @@ class Scatter:
     """Squared relative misses of the recent mean, [series], halving in two hours."""
 
     def __init__(self, num_series: int) -> None:
-        self.squared = np.ones(num_series)
+        self._squared = np.ones(num_series)
 
     def advance(self, values: Floats, expected: Floats, known: Floats) -> None:
         """Values came where `expected` were; both [series], known is 1 or 0."""
         miss = np.minimum(np.abs(values - expected) / (expected + 1), 1e3)
-        self.squared += _MEMORY * known * (miss * miss - self.squared)
+        self._squared += _MEMORY * known * (miss * miss - self._squared)
 
     def log_shape(self, expected: Floats) -> Floats:
         """Log of the shape that gives such misses beyond Poisson's: [series].
 
         Drawn to 0, a geometric number, where there is less than about one a minute.
         """
-        beyond = np.maximum(self.squared - 1 / (expected + 1), 1e-6)
+        beyond = np.maximum(self._squared - 1 / (expected + 1), 1e-6)
         certain = expected / (expected + 1)
         shape: Floats = np.clip(-np.log(beyond), _LOW, _HIGH) * certain
         return shape
