@@ -23,7 +23,8 @@ minutes in which the quantile sufficed.
 
 Paper: the published hybrid (Prophet and an LSTM on its residual, three seeds) and FlashServe's on
 the same few series (a seeded draw of 12, of 6 busy ones: Prophet takes seconds for each) of every
-trace of more than a day, and the decomposition beside Prophet alone on the day ahead.
+trace of more than a day. Seasons: the decomposition beside Prophet alone on the day ahead, twice,
+of 12 series of every trace of three days.
 
 Scale: see benchmarks/forecast_scale.py; run it alone (--parts scale), it takes times.
 
@@ -55,7 +56,7 @@ SEEDS = (0, 1, 2)
 CANDIDATE = "hybrid"
 # Too slow for every minute of every series; EWMAs always run as peers, the paper's in its part.
 SKIPPED = ("arima", "prophet-lstm", *EWMAS)
-PARTS = ("decisions", "counts", "paper", "scale")
+PARTS = ("decisions", "counts", "paper", "seasons", "scale")
 PAPER_SERIES = 12
 AIMS = {
     "azure_idle_at_5pct_cold": 0.60,
@@ -192,13 +193,14 @@ def main() -> None:
     registry.make_models(names, 0)  # a wrong name is said before the work
     measured: list[Measured] = []
     runs = Runs()
+    at_most = 2 if args.quick else PAPER_SERIES
     if "decisions" in args.parts:
         measured += decide(names, args, found, runs, seeds)
     if "counts" in args.parts:
         measured += count(args, found, runs, seeds[0])
     if "paper" in args.parts:
-        at_most = 2 if args.quick else PAPER_SERIES
         measured += paper.beside(args.candidate, found, runs, seeds, at_most, args.resamples)
+    if "seasons" in args.parts:
         measured += paper.decompositions(found, at_most, args.resamples)
     values = values_of(measured, args.candidate)
     rows = [each.row() for each in measured]
