@@ -9,6 +9,21 @@ from flashserve.policy.cost import UNMEASURED, Costs, Rates, WorkerState, averag
 from flashserve.types import ModelId, NodeId, Phases, Tier
 
 
+class Quantity(enum.IntEnum):
+    """What is learnt. An index, because every event looks several of them up."""
+
+    REMOTE_BYTES_PER_S = 0
+    DISK_BYTES_PER_S = 1
+    DRAM_BYTES_PER_S = 2
+    PLACE_SPARE_S = 3
+    PLACE_STOPPING_S = 4
+    PLACE_STARTING_S = 5
+    INIT_S = 6
+    PREFILL_S = 7
+    RUN_S = 8
+    """From a request's dispatch to its end."""
+
+
 class _Bounds(NamedTuple):
     """The value until something was learnt, and the interval outside which a report is no fact."""
 
@@ -17,26 +32,29 @@ class _Bounds(NamedTuple):
     high: float
 
 
-@enum.unique
-class Quantity(enum.Enum):
-    REMOTE_BYTES_PER_S = _Bounds(300e6, 1e3, 1e13)
-    DISK_BYTES_PER_S = _Bounds(1.5e9, 1e3, 1e13)
-    DRAM_BYTES_PER_S = _Bounds(10e9, 1e3, 1e15)
-    PLACE_SPARE_S = _Bounds(0.001, 1e-7, 3600.0)
-    PLACE_STOPPING_S = _Bounds(0.05, 1e-7, 3600.0)
-    PLACE_STARTING_S = _Bounds(3.0, 1e-7, 3600.0)
-    INIT_S = _Bounds(0.15, 1e-7, 3600.0)
-    PREFILL_S = _Bounds(0.3, 1e-7, 3600.0)
-    RUN_S = _Bounds(5.0, 1e-7, 86400.0)
-    """From a request's dispatch to its end."""
+_BOUNDS = (
+    _Bounds(300e6, 1e3, 1e13),
+    _Bounds(1.5e9, 1e3, 1e13),
+    _Bounds(10e9, 1e3, 1e15),
+    _Bounds(0.001, 1e-7, 3600.0),
+    _Bounds(0.05, 1e-7, 3600.0),
+    _Bounds(3.0, 1e-7, 3600.0),
+    _Bounds(0.15, 1e-7, 3600.0),
+    _Bounds(0.3, 1e-7, 3600.0),
+    _Bounds(5.0, 1e-7, 86400.0),
+)
+"""By Quantity."""
 
 
-_PLACE = {
-    WorkerState.SPARE: Quantity.PLACE_SPARE_S,
-    WorkerState.STOPPING: Quantity.PLACE_STOPPING_S,
-    WorkerState.STARTING: Quantity.PLACE_STARTING_S,
-}
 _EVERYWHERE = ""
+
+
+def _place(worker: WorkerState) -> Quantity:
+    if worker is WorkerState.SPARE:
+        return Quantity.PLACE_SPARE_S
+    if worker is WorkerState.STOPPING:
+        return Quantity.PLACE_STOPPING_S
+    return Quantity.PLACE_STARTING_S
 
 
 class Estimates:
@@ -50,39 +68,41 @@ class Estimates:
     """
 
     def __init__(self, rates: Rates = UNMEASURED) -> None:
-        self._averages: dict[tuple[Quantity, str], float] = {}
-        measured = {
-            Quantity.REMOTE_BYTES_PER_S: rates.remote_bytes_per_s,
-            Quantity.DISK_BYTES_PER_S: rates.disk_bytes_per_s,
-            Quantity.DRAM_BYTES_PER_S: rates.dram_bytes_per_s,
-        }
-        self._measured = {what: rate for what, rate in measured.items() if rate is not None}
+        self._averages: list[dict[str, float]] = [{} for _ in _BOUNDS]
+        self._default = [bounds.default for bounds in _BOUNDS]
+        """What holds where nothing is known of a scope."""
+        for what, rate in (
+            (Quantity.REMOTE_BYTES_PER_S, rates.remote_bytes_per_s),
+            (Quantity.DISK_BYTES_PER_S, rates.disk_bytes_per_s),
+            (Quantity.DRAM_BYTES_PER_S, rates.dram_bytes_per_s),
+        ):
+            if rate is not None:
+                self._default[what] = rate
 
     def value(self, what: Quantity, scope: str) -> float:
-        known = self._averages.get((what, scope))
-        if known is None:
-            default = self._measured.get(what, what.value.default)
-            known = self._averages.get((what, _EVERYWHERE), default)
-        return known
+        known = self._averages[what].get(scope)
+        return self._default[what] if known is None else known
 
     def observe(self, what: Quantity, scope: str, sample: float) -> None:
-        bounds = what.value
-        for key in ((what, scope), (what, _EVERYWHERE)):
-            learnt = average(self._averages.get(key), sample, bounds.low, bounds.high)
+        _, low, high = _BOUNDS[what]
+        averages = self._averages[what]
+        for key in (scope, _EVERYWHERE):
+            learnt = average(averages.get(key), sample, low, high)
             if learnt is not None:
-                self._averages[key] = learnt
+                averages[key] = learnt
+        self._default[what] = averages.get(_EVERYWHERE, self._default[what])
 
     def forget(self, scope: str) -> None:
         """Drop what was learnt of a node or model that is gone."""
-        for what in Quantity:
-            self._averages.pop((what, scope), None)
+        for averages in self._averages:
+            averages.pop(scope, None)
 
     def costs(self, node_id: NodeId, model_id: ModelId, worker: WorkerState) -> Costs:
         return Costs(
             remote_bytes_per_s=self.value(Quantity.REMOTE_BYTES_PER_S, node_id),
             disk_bytes_per_s=self.value(Quantity.DISK_BYTES_PER_S, node_id),
             dram_bytes_per_s=self.value(Quantity.DRAM_BYTES_PER_S, node_id),
-            place_s=self.value(_PLACE[worker], node_id),
+            place_s=self.value(_place(worker), node_id),
             init_s=self.value(Quantity.INIT_S, model_id),
         )
 
@@ -95,7 +115,7 @@ class Estimates:
         phases: Phases,
     ) -> None:
         """A replica became ready. Its fetch_s and dram_s are learnt from `Staged` alone."""
-        self.observe(_PLACE[worker], node_id, phases.place_s)
+        self.observe(_place(worker), node_id, phases.place_s)
         self.observe(Quantity.INIT_S, model_id, phases.init_s)
         if phases.device_s > 0:
             rate = size_bytes / phases.device_s
