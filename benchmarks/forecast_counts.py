@@ -94,23 +94,18 @@ class Reactive:
         minutes = np.arange(first, last, COUNT_STEP)
         came = came_within(counts[:, :last], minutes)
         scale = scale_of(counts[:, :first])
-        self._best = {
-            (lead, level): min(
-                ((num, headroom) for num in _WINDOWS for headroom in _HEADROOMS),
-                key=lambda how, at=at, lead=lead, level=level: float(  # type: ignore[misc]
-                    np.nanmean(
-                        pinball_of(
-                            how[1] * self._largest(counts, minutes, lead, how[0]),
-                            came[..., at],
-                            level,
-                            scale,
-                        )
+        self._best: dict[tuple[int, float], tuple[int, float]] = {}
+        for at, lead in enumerate(LEADS):
+            largest = {num: self._largest(counts, minutes, lead, num) for num in _WINDOWS}
+            for level in UPPER:
+                losses = {
+                    (num, headroom): float(
+                        np.nanmean(pinball_of(headroom * largest[num], came[..., at], level, scale))
                     )
-                ),
-            )
-            for at, lead in enumerate(LEADS)
-            for level in UPPER
-        }
+                    for num in _WINDOWS
+                    for headroom in _HEADROOMS
+                }
+                self._best[lead, level] = min(losses, key=losses.__getitem__)
 
     @staticmethod
     def _largest(counts: np.ndarray, minutes: np.ndarray, lead: int, num_windows: int) -> Floats:

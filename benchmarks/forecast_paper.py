@@ -53,14 +53,19 @@ class RememberedFits:
 
 
 def drawn(parts: Split, at_most: int) -> Split:
-    """The split with few of its series, the same for every seed; one trace is its own past."""
+    """The split with few of its series, the same for every seed.
+
+    Of the reported ones that had any arrivals before; fitted on the same where they have a past,
+    else on as many others.
+    """
     future = _few(parts.future, at_most)
-    past = future if parts.past is parts.future else _few(parts.past, at_most)
+    reported = set(future.history.names)
+    shared = np.array([name in reported for name in parts.past.history.names])
+    past = parts.past.select(shared) if shared.any() else _few(parts.past, at_most)
     return dataclasses.replace(parts, past=past, future=future)
 
 
 def _few(trace: Trace, at_most: int) -> Trace:
-    """Of the series that had any arrivals in the first two thirds, where there are enough."""
     rows = np.zeros(len(trace.weights), np.bool_)
     before = trace.history.counts[:, : 2 * trace.history.counts.shape[1] // 3]
     busy = np.flatnonzero(np.nansum(before, axis=1) > 0)

@@ -155,3 +155,14 @@ def test_the_decomposition_is_judged_on_the_same_day_as_prophet() -> None:
     ours, theirs = paper.daily_errors(trace, at_most=1)
     assert ours.shape == theirs.shape == (1,)
     assert (np.concatenate([ours, theirs]) < 0.3).all()
+
+
+def test_the_drawn_series_are_fitted_on_their_own_past() -> None:
+    parts = backtest.split(synthetic.clients(30, 600, seed=1).trace)
+    few = paper.drawn(parts, at_most=4)
+    assert len(few.future.history.names) == 4
+    assert few.past.history.names == few.future.history.names
+    halves = backtest.split(synthetic.clients(30, 600, seed=1).trace, halves=True)
+    others = paper.drawn(halves, at_most=4)
+    assert len(others.past.history.names) == 4
+    assert not set(others.past.history.names) & set(others.future.history.names)
