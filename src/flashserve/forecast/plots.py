@@ -68,7 +68,8 @@ def all_plots(ran: Ran, best: str) -> list[Drawing]:
         Drawing(
             f"Components: what the forecasts of {best} for this series are made of",
             "Trend, day and week are arrivals a minute that the past days tell; the residual is "
-            "what the model adds to them. The hazard is the chance of an arrival in the minute.",
+            "what the model adds to them (all of it, until two days are known). The hazard is the "
+            "chance of an arrival in the minute.",
             drawn_figure(lambda figure: _components(figure, ran, model, example)),
         ),
     ]
