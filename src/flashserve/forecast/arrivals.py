@@ -1,4 +1,6 @@
-"""Counts arrivals per model and minute, for the forecaster and for the durable record.
+"""Counts arrivals per series and minute, for the forecaster and for the durable record.
+
+A series is a model, or an adapter of it as MODEL:ADAPTER (whose arrivals also count for the model).
 
 A minute is the whole number of minutes since 1970 (UTC) that a wall clock names. Counts are
 additive: an arrival goes to the minute that its own time names, whenever it is told. So late events
@@ -8,7 +10,7 @@ and a clock that steps back need no special case, and a minute without arrivals 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from flashserve.types import ModelId
 
@@ -17,9 +19,9 @@ MINUTE_S = 60
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ArrivalCount:
-    """`count` more arrivals of a model in one minute."""
+    """`count` more arrivals of a series in one minute."""
 
-    model_id: ModelId
+    series: ModelId
     minute: int
     count: int
 
@@ -32,7 +34,7 @@ def minute_of(at: float) -> int:
 class ArrivalCounter:
     """What has arrived and is not yet written down.
 
-    Bounded: at most `max_entries` pairs of model and minute are kept. Beyond that (nobody has
+    Bounded: at most `max_entries` pairs of series and minute are kept. Beyond that (nobody has
     drained for long) the oldest minutes are dropped and counted in `num_dropped`.
     """
 
@@ -46,20 +48,25 @@ class ArrivalCounter:
     def __len__(self) -> int:
         return len(self._counts)
 
-    def record(self, model_id: ModelId, at: float) -> None:
+    def record(self, series: ModelId, at: float) -> None:
         """One arrival at Unix time `at`, which may lie before earlier ones."""
-        self.restore([ArrivalCount(model_id, minute_of(at), 1)])
+        self.restore([ArrivalCount(series, minute_of(at), 1)])
 
     def drain(self) -> list[ArrivalCount]:
-        """Everything counted since the last drain, by minute and model; the counter is empty."""
+        """Everything counted since the last drain, by minute and series; the counter is empty."""
         counts, self._counts = self._counts, {}
         ordered = sorted(counts.items(), key=lambda item: (item[0][1], item[0][0]))
-        return [ArrivalCount(model_id, minute, count) for (model_id, minute), count in ordered]
+        return [ArrivalCount(series, minute, count) for (series, minute), count in ordered]
+
+    def forget(self, is_gone: Callable[[ModelId], bool]) -> None:
+        """Drop what was counted of series that are gone."""
+        for key in [key for key in self._counts if is_gone(key[0])]:
+            del self._counts[key]
 
     def restore(self, counts: Iterable[ArrivalCount]) -> None:
         """Take back what was drained and could not be written."""
         for entry in counts:
-            key = (entry.model_id, entry.minute)
+            key = (entry.series, entry.minute)
             self._counts[key] = self._counts.get(key, 0) + entry.count
         if len(self._counts) > self._max_entries:
             self._drop_oldest()
@@ -72,13 +79,16 @@ class ArrivalCounter:
             self.num_dropped += self._counts.pop(key)
 
 
-def series(counts: Iterable[ArrivalCount], first_minute: int, num_minutes: int) -> Sequence[int]:
-    """The counts of one model as a gapless row: [num_minutes], zero where nothing arrived.
+def belongs_to(series: ModelId, model_id: ModelId) -> bool:
+    """Is it the model's own series, or that of one of its adapters?"""
+    return series == model_id or series.startswith(f"{model_id}:")
 
-    Entries outside the range are left out; several of one minute add up.
-    """
-    row = [0] * num_minutes
-    for entry in counts:
-        if 0 <= entry.minute - first_minute < num_minutes:
-            row[entry.minute - first_minute] += entry.count
-    return row
+
+def series_of(model_id: ModelId, adapter: str) -> ModelId:
+    """The series of an adapter of a model."""
+    return ModelId(f"{model_id}:{adapter}")
+
+
+def is_known(series: ModelId, has: Callable[[str], bool]) -> bool:
+    """Whether `has` knows the series' model, and its adapter if it has one."""
+    return all(map(has, series.split(":")))

@@ -90,8 +90,12 @@ def write_adapter(connection: sqlite3.Connection, adapter: RegisteredAdapter) ->
     connection.execute("INSERT OR REPLACE INTO adapters VALUES (?,?,?,?,?,?,?,?,?,?)", row)
 
 
-def delete_adapter(connection: sqlite3.Connection, name: str) -> None:
-    connection.execute("DELETE FROM adapters WHERE name = ?", (name,))
+def delete_adapter(connection: sqlite3.Connection, name: str) -> ModelId | None:
+    """Its base; None when there was no such adapter."""
+    rows = connection.execute(
+        "DELETE FROM adapters WHERE name = ? RETURNING base", (name,)
+    ).fetchall()
+    return ModelId(rows[0][0]) if rows else None
 
 
 def take_version(connection: sqlite3.Connection, name: str) -> int:

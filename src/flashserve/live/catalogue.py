@@ -2,7 +2,7 @@
 
 One SQLite file (WAL). What exists is what was deployed, not what is running: a restarted server
 reads its models from here. All calls run in one thread, so that the event loop never waits for the
-disk and the connection needs no lock.
+disk and the connection needs no lock; long work comes in pieces, between which others get a turn.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from flashserve.errors import CatalogueError
-from flashserve.forecast.arrivals import ArrivalCount
-from flashserve.live import adapterrows
+from flashserve.forecast.arrivals import ArrivalCount, series_of
+from flashserve.live import adapterrows, arrivalrows
 from flashserve.live.adapterrows import RegisteredAdapter
+from flashserve.live.arrivalrows import ArrivalArrays, ArrivalRows
 from flashserve.types import ModelId, ModelSpec, Tier
 
 FILE_NAME = "catalogue.sqlite"
@@ -49,8 +51,12 @@ _MIGRATIONS = (
     ) STRICT, WITHOUT ROWID;
     """,
     adapterrows.SCHEMA,
+    arrivalrows.SCHEMA,
 )
 """Entry v takes a file from schema version v to v + 1; released entries never change."""
+_CONVERSIONS = {2: arrivalrows.convert}
+"""What SQL alone cannot do of an entry, after it and within its transaction."""
+_SERIES_AT_ONCE = 256
 
 T = TypeVar("T")
 
@@ -78,15 +84,17 @@ class Catalogue:
         self.path = data_dir / FILE_NAME
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "catalogue")
         self._connection: sqlite3.Connection | None = None
+        self._arrivals: ArrivalRows | None = None
 
     async def open(self) -> None:
         """Create or open the file and bring it to this version's schema."""
         self._connection = await self._run(lambda: _connect(self.path))
+        self._arrivals = await self._run(lambda: ArrivalRows(self._db))
 
     async def close(self) -> None:
         """Idempotent."""
         if (connection := self._connection) is not None:
-            self._connection = None
+            self._connection = self._arrivals = None
             await self._run(connection.close)
         self._executor.shutdown()
 
@@ -102,8 +110,8 @@ class Catalogue:
         await self._run(lambda: _write_model(self._db, model))
 
     async def delete(self, model_id: ModelId) -> None:
-        """Forget a model and its arrivals."""
-        await self._run(lambda: _delete_model(self._db, model_id))
+        """Forget a model, with its arrivals and those of its adapters."""
+        await self._change(lambda db, rows: _delete_model(db, rows, model_id))
 
     async def adapters(self) -> list[RegisteredAdapter]:
         """Every registered adapter, by name."""
@@ -118,26 +126,73 @@ class Catalogue:
         await self._run(lambda: adapterrows.write_adapter(self._db, adapter))
 
     async def delete_adapter(self, name: str) -> None:
-        """Forget an adapter."""
-        await self._run(lambda: adapterrows.delete_adapter(self._db, name))
+        """Forget an adapter and its arrivals."""
+        await self._change(lambda db, rows: _delete_adapter(db, rows, name))
 
     async def add_arrivals(self, counts: Iterable[ArrivalCount]) -> None:
         """Add to what is recorded; all or nothing."""
-        rows = [dataclasses.astuple(count) for count in counts]
-        await self._run(lambda: _write_arrivals(self._db, rows))
+        given = list(counts)
+        await self._change(lambda _, rows: rows.add(given))
 
     async def arrivals(
-        self, model_id: ModelId, first_minute: int, last_minute: int
+        self, series: ModelId, first_minute: int, last_minute: int
     ) -> list[ArrivalCount]:
-        """What is recorded of one model, both ends included, oldest first, no empty minutes."""
-        key = (model_id, first_minute, last_minute)
-        return await self._run(lambda: _read_arrivals(self._db, key))
+        """What is recorded of one series, both ends included, oldest first, no empty minutes."""
+        ((minutes, counts),) = await self.arrival_arrays([series], first_minute, last_minute)
+        return [
+            ArrivalCount(series, minute, int(count))
+            for minute, count in zip(minutes.tolist(), counts.tolist(), strict=True)
+        ]
+
+    async def arrival_arrays(
+        self, series: Sequence[ModelId], first_minute: int, last_minute: int
+    ) -> list[ArrivalArrays]:
+        """Minutes and counts of many series: [entries] each, oldest first, no empty minutes."""
+
+        def read(names: Sequence[ModelId]) -> list[ArrivalArrays]:
+            return [self._rows.read(name, first_minute, last_minute) for name in names]
+
+        found: list[ArrivalArrays] = []
+        for first in range(0, len(series), _SERIES_AT_ONCE):
+            piece = series[first : first + _SERIES_AT_ONCE]
+            found += await self._run(functools.partial(read, piece))
+        return found
+
+    async def close_days(self, before_day: int) -> None:
+        """Make one blob per series of each day before that one which is still open."""
+        while await self._change(lambda _, rows: rows.close(before_day, _SERIES_AT_ONCE)):
+            pass
+
+    async def drop_days(self, before_day: int) -> None:
+        """Forget all arrivals of closed days before that one."""
+        while await self._change(lambda _, rows: rows.drop_oldest(before_day)):
+            pass
 
     @property
     def _db(self) -> sqlite3.Connection:
         if self._connection is None:
             raise CatalogueError(f"catalogue {self.path} is not open")
         return self._connection
+
+    @property
+    def _rows(self) -> ArrivalRows:
+        if self._arrivals is None:
+            raise CatalogueError(f"catalogue {self.path} is not open")
+        return self._arrivals
+
+    async def _change(self, change: Callable[[sqlite3.Connection, ArrivalRows], T]) -> T:
+        """A change that arrivals have part in: all of it happens, or nothing, in memory too."""
+
+        def within() -> T:
+            db, rows = self._db, self._rows
+            try:
+                with _transaction(db):
+                    return change(db, rows)
+            except BaseException:
+                rows.load()
+                raise
+
+        return await self._run(within)
 
     async def _run(self, call: Callable[[], T]) -> T:
         try:
@@ -182,7 +237,12 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
             f" knows {len(_MIGRATIONS)}): upgrade FlashServe or use another data directory"
         )
     for number, script in enumerate(_MIGRATIONS[version:], start=version + 1):
-        connection.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
+        # executescript would commit what is open, so it only begins.
+        connection.executescript(f"BEGIN; {script}")
+        if convert := _CONVERSIONS.get(number - 1):
+            convert(connection)
+        connection.execute(f"PRAGMA user_version = {number}")
+        connection.execute("COMMIT")
 
 
 def _read_adapters(connection: sqlite3.Connection) -> list[RegisteredAdapter]:
@@ -239,30 +299,14 @@ def _write_model(connection: sqlite3.Connection, model: DeployedModel) -> None:
     connection.execute("INSERT OR REPLACE INTO models VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", row)
 
 
-def _delete_model(connection: sqlite3.Connection, model_id: ModelId) -> None:
-    with _transaction(connection):
-        connection.execute("DELETE FROM models WHERE model_id = ?", (model_id,))
-        connection.execute("DELETE FROM arrivals WHERE model_id = ?", (model_id,))
+def _delete_model(connection: sqlite3.Connection, rows: ArrivalRows, model_id: ModelId) -> None:
+    connection.execute("DELETE FROM models WHERE model_id = ?", (model_id,))
+    rows.forget_model(model_id)
 
 
-def _write_arrivals(connection: sqlite3.Connection, rows: list[tuple[Any, ...]]) -> None:
-    with _transaction(connection):
-        connection.executemany(
-            "INSERT INTO arrivals VALUES (?, ?, ?)"
-            " ON CONFLICT DO UPDATE SET count = count + excluded.count",
-            rows,
-        )
-
-
-def _read_arrivals(
-    connection: sqlite3.Connection, key: tuple[ModelId, int, int]
-) -> list[ArrivalCount]:
-    rows = connection.execute(
-        "SELECT model_id, minute, count FROM arrivals"
-        " WHERE model_id = ? AND minute BETWEEN ? AND ? ORDER BY minute",
-        key,
-    )
-    return [ArrivalCount(ModelId(name), minute, count) for name, minute, count in rows]
+def _delete_adapter(connection: sqlite3.Connection, rows: ArrivalRows, name: str) -> None:
+    if base := adapterrows.delete_adapter(connection, name):
+        rows.forget(series_of(base, name))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable
 
 from flashserve.errors import FlashServeError
+from flashserve.forecast.arrivals import series_of
 from flashserve.live.adapterrows import RegisteredAdapter
 from flashserve.live.catalogue import DeployedModel
 from flashserve.live.choice import Choice
@@ -37,7 +38,7 @@ class Target:
         """Under which its arrivals are counted: the model's, and MODEL:ADAPTER beside it."""
         model_id = self.model.spec.model_id
         adapter = self.adapter
-        return (model_id, ModelId(f"{model_id}:{adapter.name}")) if adapter else (model_id,)
+        return (model_id, series_of(model_id, adapter.name)) if adapter else (model_id,)
 
     @property
     def name(self) -> str:

@@ -20,6 +20,12 @@ class Names:
         self._kinds: dict[str, str] = {}
         self._claims: dict[str, list[str]] = {}
 
+    def __bool__(self) -> bool:
+        return bool(self._kinds)
+
+    def has(self, name: str) -> bool:
+        return name in self._kinds
+
     def put(self, name: str, kind: str) -> None:
         self._kinds[name] = kind
 

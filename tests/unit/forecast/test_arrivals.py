@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from flashserve.forecast.arrivals import ArrivalCount, ArrivalCounter, minute_of, series
+from flashserve.forecast.arrivals import (
+    ArrivalCount,
+    ArrivalCounter,
+    belongs_to,
+    is_known,
+    minute_of,
+    series_of,
+)
 from flashserve.types import ModelId
 
 A, B = ModelId("a"), ModelId("b")
@@ -65,6 +72,23 @@ def test_times_before_1970_and_at_boundaries_have_a_minute() -> None:
     assert [minute_of(at) for at in (-1.0, 0.0, 59.999, 60.0)] == [-1, 0, 0, 1]
 
 
-def test_series_fills_gaps_with_zero_and_leaves_out_what_lies_outside() -> None:
-    counts = [ArrivalCount(A, m, c) for m, c in ((4, 9), (5, 1), (7, 2), (7, 3), (9, 9))]
-    assert series(counts, first_minute=5, num_minutes=4) == [1, 0, 5, 0]
+def test_what_was_counted_of_series_that_are_gone_is_dropped() -> None:
+    counter = ArrivalCounter()
+    for series in (A, series_of(A, "x"), B):
+        counter.record(series, 0.0)
+    counter.forget(lambda series: belongs_to(series, A))
+    assert counter.drain() == [ArrivalCount(B, 0, 1)]
+
+
+def test_an_adapters_series_belongs_to_its_model_and_not_to_one_of_a_like_name() -> None:
+    assert series_of(A, "x") == "a:x"
+    assert belongs_to(series_of(A, "x"), A)
+    assert not belongs_to(ModelId("ab"), A)
+    assert not belongs_to(ModelId("ab:x"), A)
+
+
+@pytest.mark.parametrize(
+    ("series", "known"), [("a", True), ("a:x", True), ("a:y", False), ("b:x", False), ("", False)]
+)
+def test_a_series_is_known_when_its_model_and_adapter_are(series: str, known: bool) -> None:
+    assert is_known(ModelId(series), {"a", "x"}.__contains__) == known

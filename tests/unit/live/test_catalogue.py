@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import sqlite3
 import stat
@@ -11,11 +12,15 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+import structlog
 
 from flashserve.errors import CatalogueError
-from flashserve.forecast.arrivals import ArrivalCount
-from flashserve.live.catalogue import FILE_NAME, Catalogue, DeployedModel
-from flashserve.types import ModelId, ModelSpec, Tier
+from flashserve.forecast.arrivals import ArrivalCount, series_of
+from flashserve.forecast.days import DAY_MINUTES
+from flashserve.live.adapterrows import RegisteredAdapter
+from flashserve.live.arrivalrows import SERVER
+from flashserve.live.catalogue import _MIGRATIONS, FILE_NAME, Catalogue, DeployedModel
+from flashserve.types import AdapterSpec, ModelId, ModelSpec, Tier
 
 T = TypeVar("T")
 A, B = ModelId("a"), ModelId("b/c")
@@ -64,16 +69,39 @@ def test_deployed_models_are_there_after_a_restart(tmp_path: Path) -> None:
     assert use(tmp_path, Catalogue.models) == [first, second]
 
 
-def test_a_deleted_model_is_gone_with_its_arrivals(tmp_path: Path) -> None:
-    async def act(catalogue: Catalogue) -> tuple[object, ...]:
-        await catalogue.put(deployed(A))
-        await catalogue.add_arrivals([ArrivalCount(A, 1, 1), ArrivalCount(B, 1, 1)])
-        await catalogue.delete(A)
-        await catalogue.delete(A)
-        arrivals = [await catalogue.arrivals(name, 0, 9) for name in (A, B)]
-        return await catalogue.models(), *arrivals
+def test_a_deleted_model_is_gone_with_its_arrivals_and_its_adapters(tmp_path: Path) -> None:
+    gone = [A, series_of(A, "x"), series_of(A, "~")]
+    kept = [B, ModelId("a!"), ModelId("aa"), series_of(ModelId("aa"), "x")]
 
-    assert use(tmp_path, act) == ([], [], [ArrivalCount(B, 1, 1)])
+    async def act(catalogue: Catalogue) -> None:
+        await catalogue.put(deployed(A))
+        for minute in (1, DAY_MINUTES):
+            await catalogue.add_arrivals([ArrivalCount(name, minute, 1) for name in gone + kept])
+        await catalogue.close_days(1)
+        await catalogue.delete(A)
+        await catalogue.delete(A)
+
+    async def read(catalogue: Catalogue) -> list[list[int]]:
+        found = await catalogue.arrival_arrays(gone + kept, 0, DAY_MINUTES)
+        return [minutes.tolist() for minutes, _ in found]
+
+    use(tmp_path, act)
+    assert use(tmp_path, Catalogue.models) == []
+    assert use(tmp_path, read) == [[]] * 3 + [[1, DAY_MINUTES]] * 4
+
+
+def test_a_deleted_adapter_is_gone_with_its_arrivals(tmp_path: Path) -> None:
+    series = series_of(A, "x")
+
+    async def act(catalogue: Catalogue) -> list[ArrivalCount]:
+        spec = AdapterSpec("x", 1, A, "/loras/x", 1)
+        await catalogue.put_adapter(RegisteredAdapter(spec, 8, 1, (), 0.0))
+        await catalogue.add_arrivals([ArrivalCount(series, 1, 1), ArrivalCount(A, 1, 1)])
+        await catalogue.delete_adapter("x")
+        await catalogue.delete_adapter("x")
+        return [*await catalogue.arrivals(series, 0, 9), *await catalogue.arrivals(A, 0, 9)]
+
+    assert use(tmp_path, act) == [ArrivalCount(A, 1, 1)]
 
 
 def test_arrivals_add_up_over_writes_and_restarts(tmp_path: Path) -> None:
@@ -82,6 +110,81 @@ def test_arrivals_add_up_over_writes_and_restarts(tmp_path: Path) -> None:
     read = use(tmp_path, lambda c: c.arrivals(A, 7, 8))
     assert read == [ArrivalCount(A, 7, 4), ArrivalCount(A, 8, 2)]
     assert use(tmp_path, lambda c: c.arrivals(A, 8, 8)) == [ArrivalCount(A, 8, 2)]
+
+
+def rows_of(tmp_path: Path, table: str) -> int:
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
+        ((count,),) = connection.execute(f"SELECT count(*) FROM {table}")
+    return int(count)
+
+
+DAYS = [
+    *(ArrivalCount(A, minute, 2) for minute in (3, 1439, 1440, 3000)),
+    *(ArrivalCount(B, minute, 1) for minute in (3, 4000)),
+]
+
+
+def test_days_that_are_over_take_a_row_for_each_series_and_read_as_before(tmp_path: Path) -> None:
+    async def act(catalogue: Catalogue) -> list[ArrivalCount]:
+        await catalogue.add_arrivals(DAYS)
+        await catalogue.close_days(2)
+        # Late ones, to a day that is closed; it is closed anew.
+        await catalogue.add_arrivals([ArrivalCount(A, 3, 1), ArrivalCount(A, 4, 1)])
+        before = await catalogue.arrivals(A, 0, 9999)
+        await catalogue.close_days(2)
+        assert await catalogue.arrivals(A, 0, 9999) == before
+        return before
+
+    found = use(tmp_path, act)
+    assert [(each.minute, each.count) for each in found] == [
+        (3, 3),
+        (4, 1),
+        (1439, 2),
+        (1440, 2),
+        (3000, 2),
+    ]
+    assert (rows_of(tmp_path, "arrivals"), rows_of(tmp_path, "arrival_days")) == (2, 3)
+    assert use(tmp_path, lambda c: c.arrivals(A, 4, 1440)) == found[1:4]
+
+
+def test_days_that_are_too_old_are_dropped(tmp_path: Path) -> None:
+    async def act(catalogue: Catalogue) -> list[ArrivalCount]:
+        await catalogue.add_arrivals(DAYS)
+        await catalogue.close_days(2)
+        await catalogue.drop_days(1)
+        return await catalogue.arrivals(A, 0, 9999)
+
+    assert [each.minute for each in use(tmp_path, act)] == [1440, 3000]
+
+
+def test_a_damaged_day_is_left_out_and_logged(tmp_path: Path) -> None:
+    async def write(catalogue: Catalogue) -> None:
+        await catalogue.add_arrivals(DAYS)
+        await catalogue.close_days(3)
+
+    use(tmp_path, write)
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
+        connection.execute("UPDATE arrival_days SET counts = x'0100' WHERE day = 1")
+        connection.commit()
+    with structlog.testing.capture_logs() as logs:
+        found = use(tmp_path, lambda c: c.arrivals(A, 0, 9999))
+    assert [each.minute for each in found] == [3, 1439, 3000]
+    assert [(line["series"], line["day"]) for line in logs] == [(A, 1)]
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_a_file_of_an_earlier_version_keeps_its_arrivals(tmp_path: Path, schema: int) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
+        for script in _MIGRATIONS[:schema]:
+            connection.executescript(script)
+        connection.execute(f"PRAGMA user_version = {schema}")
+        rows = [(each.series, each.minute, each.count) for each in DAYS]
+        connection.executemany("INSERT INTO arrivals VALUES (?, ?, ?)", rows)
+        connection.commit()
+    for _ in range(2):
+        assert use(tmp_path, lambda c: c.arrivals(A, 0, 9999)) == DAYS[:4]
+    ran = use(tmp_path, lambda c: c.arrivals(SERVER, 0, 9999))
+    assert [each.minute for each in ran] == list(range(3, 4001))
 
 
 def test_the_file_is_private(tmp_path: Path) -> None:
@@ -146,3 +249,4 @@ def test_a_failed_write_leaves_nothing_half_done(tmp_path: Path) -> None:
         return await catalogue.arrivals(A, 0, 9)
 
     assert use(tmp_path, act) == [ArrivalCount(A, 2, 1)]
+    assert use(tmp_path, lambda c: c.arrivals(A, 0, 9)) == [ArrivalCount(A, 2, 1)]
