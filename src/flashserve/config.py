@@ -202,6 +202,30 @@ class PolicySettings(_Section):
     """After a failed start, requests get the same error for so long before another is tried."""
 
 
+class ForecastSettings(_Section):
+    """What is remembered of arrivals, and forecast from it."""
+
+    enabled: bool = True
+    """Forecast arrivals, and tell the controller each minute; they are counted in any case."""
+    model: Literal["auto", "hybrid", "hazard", "ewma-15"] = "auto"
+    """auto gives each series the model that would have cost least so far; hybrid is hazard until
+    its network has been trained."""
+    history_days: int = Field(14, ge=1, le=28)
+    """Days that the forecaster learns anew from when its state is lost."""
+    training: bool = True
+    """Train the network in the background."""
+    training_interval_h: PositiveFloat = 24.0
+    """Hours from the end of one training to the next."""
+    training_memory_bytes: Bytes = 2 << 30
+    """Most that the training process may take."""
+    prefetch_chance: float = Field(0.5, gt=0, le=1)
+    """An adapter that is asked for within five minutes with this chance is brought near."""
+    prefetch_bytes: Quota | None = None
+    """How much may be brought near so, at most; None is half of the adapters' part of the arena."""
+    retention_days: PositiveInt = 28
+    """Days (UTC) before today of which the arrivals of each minute are kept."""
+
+
 class Settings(pydantic_settings.BaseSettings):
     """The whole configuration; see the module's docstring for where it is read from."""
 
@@ -219,6 +243,12 @@ class Settings(pydantic_settings.BaseSettings):
     store: StoreSettings = StoreSettings()
     engine: EngineSettings = EngineSettings()
     policy: PolicySettings = PolicySettings()
+    forecast: ForecastSettings = ForecastSettings()
+
+    @property
+    def prefetch_budget_bytes(self) -> int:
+        given = self.forecast.prefetch_bytes
+        return self.node.adapter_quota_bytes // 2 if given is None else given
 
     @property
     def socket_path(self) -> pathlib.Path:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
 import structlog
@@ -127,6 +128,35 @@ _kv = Gauge(
     ("model", "state"),
     registry=_registry,
 )
+_forecast_tick = Histogram(
+    "flashserve_forecast_tick_seconds",
+    "What telling a minute to the forecaster and asking it takes.",
+    buckets=_SECONDS,
+    registry=_registry,
+)
+_forecast_failures = Counter(
+    "flashserve_forecast_failures",
+    "What failed of the forecaster: restore, tick, save, prefetch.",
+    ("part",),
+    registry=_registry,
+)
+_trainings = Counter(
+    "flashserve_forecast_trainings",
+    "Trainings of the network by outcome: taken, no_better, failed.",
+    ("outcome",),
+    registry=_registry,
+)
+_forecast_age = Gauge(
+    "flashserve_forecast_age_seconds",
+    "Time since the end of the last minute that the forecasts know of.",
+    registry=_registry,
+)
+_forecast_series = Gauge(
+    "flashserve_forecast_series",
+    "Series by the model that forecasts them, and why that one.",
+    ("model", "why"),
+    registry=_registry,
+)
 _TIERS = (
     Family(
         "flashserve_tier_bytes", "Bytes of a node's tier by state: used, free.", ("tier", "state")
@@ -219,6 +249,20 @@ def observe_response(status: int) -> None:
     _responses.labels(str(status)).inc()
 
 
+def observe_forecast_tick(seconds: float) -> None:
+    _forecast_tick.observe(seconds)
+
+
+def count_forecast_failure(part: str) -> None:
+    """part: restore, tick, save or prefetch."""
+    _forecast_failures.labels(part).inc()
+
+
+def count_training(outcome: str) -> None:
+    """outcome: taken, no_better or failed."""
+    _trainings.labels(outcome).inc()
+
+
 def forget_model(model: str) -> None:
     """Drop every series of a deleted model, so that names do not pile up."""
     for metric in _BY_MODEL:
@@ -251,8 +295,27 @@ class _Nodes(Collector):
             yield metric
 
 
-def render_metrics(models: Iterable[ModelGauges], tiers: Iterable[TierSample] = ()) -> bytes:
-    """Every metric in Prometheus's text format, the gauges as `models` and `tiers` say."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class ForecastGauges:
+    """The forecaster's present. age_s: None without forecasts, which shows as NaN. num_series: by
+    the model that speaks for them, and why that one.
+    """
+
+    age_s: float | None = None
+    num_series: Mapping[tuple[str, str], int] = dataclasses.field(default_factory=dict)
+
+
+def render_metrics(
+    models: Iterable[ModelGauges],
+    tiers: Iterable[TierSample] = (),
+    forecasts: ForecastGauges | None = None,
+) -> bytes:
+    """Every metric in Prometheus's text format, the gauges as the arguments say."""
+    forecasts = forecasts or ForecastGauges()
+    _forecast_age.set(math.nan if forecasts.age_s is None else forecasts.age_s)
+    _forecast_series.clear()
+    for (model, why), number in forecasts.num_series.items():
+        _forecast_series.labels(model, why).set(number)
     for gauge in _GAUGES:
         gauge.clear()
     for entry in models:

@@ -107,6 +107,16 @@ class Client:
     def remove_adapter(self, name: str) -> None:
         self._call("DELETE", f"/admin/v1/adapters/{urllib.parse.quote(name, safe='/')}")
 
+    def forecasts(self) -> dict[str, Any]:
+        """How the forecaster is (`status`), and what it expects of each series (`data`)."""
+        listed: dict[str, Any] = self._call("GET", "/admin/v1/forecasts")
+        return listed
+
+    def forecast(self, name: str) -> dict[str, Any]:
+        path = f"/admin/v1/forecasts/{urllib.parse.quote(name, safe='/:')}"
+        forecast: dict[str, Any] = self._call("GET", path)
+        return forecast
+
     def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The objects of a server-sent event stream, in order.
 

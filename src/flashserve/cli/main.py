@@ -18,6 +18,7 @@ from flashserve.cli import adapters
 from flashserve.cli.backtest import backtest
 from flashserve.cli.calibrate import calibrate
 from flashserve.cli.config import config
+from flashserve.cli.forecast import forecast
 from flashserve.cli.fsck import fsck
 from flashserve.cli.generate import run
 from flashserve.cli.models import delete, deploy, evict, ps, stage
@@ -38,6 +39,7 @@ EXAMPLES: dict[Callable[..., None], list[str]] = {
     stage: ["flashserve stage smollm2 --tier dram"],
     evict: ["flashserve evict smollm2 --tier dram"],
     delete: ["flashserve delete smollm2"],
+    forecast: ["flashserve forecast", "flashserve forecast smollm2", "flashserve forecast --json"],
     backtest: [
         "flashserve backtest --trace AzureLLMInferenceTrace_conv.csv",
         "flashserve backtest --trace day.parquet --models hazard,ewma-15 --html report.html",

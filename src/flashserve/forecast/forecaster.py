@@ -17,8 +17,9 @@ that jumps:
 
 from __future__ import annotations
 
+import collections
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -157,14 +158,23 @@ class Forecaster:
         self._admit([series])
         return self._outlook([series], check_leads(leads_s)).forecast(0)
 
-    def predict_all(self, leads_s: Sequence[float]) -> Outlook:
-        """The same of all series, as a table."""
-        return self._outlook(list(self._row_of), check_leads(leads_s))
+    def predict_all(self, leads_s: Sequence[float], series: Sequence[str] | None = None) -> Outlook:
+        """The same of all series, or of these of them, as a table."""
+        names = list(self._row_of) if series is None else list(series)
+        return self._outlook(names, check_leads(leads_s))
 
-    def forecasts(self, leads_s: Sequence[float]) -> list[SeriesForecast]:
+    def sources(self) -> dict[tuple[str, str], int]:
+        """How many series each model speaks for, and why: by name and reason."""
+        models, whys = self._sources(self._rows(self._row_of))
+        return collections.Counter(zip(models, whys, strict=True))
+
+    def forecasts(
+        self, leads_s: Sequence[float], also: Container[str] = ()
+    ) -> list[SeriesForecast]:
         """What the controller should hear: series whose forecast changed since they were told last.
 
-        That is by a tenth of a chance or of an upper bound, or in its source.
+        That is by a tenth of a chance or of an upper bound, or in its source. Those in `also` are
+        told again in any case.
         """
         leads = check_leads(leads_s)
         outlook = self._outlook(list(self._row_of), leads)
@@ -174,6 +184,7 @@ class Forecaster:
         )
         rows = self._rows(outlook.names)
         is_news = self._told.differ(rows, leads, size, sources)
+        is_news |= np.array([name in also for name in outlook.names], np.bool_)
         self._told.set(rows[is_news], size[is_news], sources[is_news])
         return [outlook.forecast(row).told() for row in np.flatnonzero(is_news).tolist()]
 

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from flashserve.config import Settings
-from flashserve.gateway import adapters, admin, openai, status
+from flashserve.gateway import adapters, admin, forecasts, openai, status
 from flashserve.gateway.auth import HostGuard, KeyGuard
 from flashserve.gateway.edge import Edge
 from flashserve.gateway.faults import add_error_handlers
@@ -35,7 +35,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.gateway = GatewayState(service, settings)
-    for module in (openai, admin, adapters, status):
+    for module in (openai, admin, adapters, forecasts, status):
         app.include_router(module.router)
     if settings.server.vllm_adapter_routes:
         app.include_router(adapters.vllm_router)

@@ -23,6 +23,7 @@ _PAGE = """<!doctype html>
 <li><a href="/admin/v1/models">/admin/v1/models</a>: where their bytes are
 <li><a href="/admin/v1/tiers">/admin/v1/tiers</a>: what the tiers hold and fetch
 <li><a href="/admin/v1/decisions">/admin/v1/decisions</a>: what was decided, and why
+<li><a href="/admin/v1/forecasts">/admin/v1/forecasts</a>: what is expected to be asked for
 <li><a href="/metrics">/metrics</a>: for Prometheus
 <li><a href="/openapi.json">/openapi.json</a>: every route
 </ul>
@@ -63,5 +64,5 @@ async def show_metrics(request: Request) -> Response:
         )
         for model in models
     ]
-    body = telemetry.render_metrics(gauges, tier_samples(reports))
+    body = telemetry.render_metrics(gauges, tier_samples(reports), service.demand.gauges())
     return Response(body, headers={"content-type": telemetry.CONTENT_TYPE})

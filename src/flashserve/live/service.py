@@ -9,16 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 
 from flashserve.config import Settings
 from flashserve.errors import DrainingError, FlashServeError, InternalError, error_from_code
+from flashserve.forecast.arrivals import series_of
 from flashserve.live.adapterrows import RegisteredAdapter
 from flashserve.live.adapters import Adapters
 from flashserve.live.adapterstatus import adapter_status, gather_adapter_stats
 from flashserve.live.catalogue import Catalogue, DeployedModel
+from flashserve.live.demand import Demand
 from flashserve.live.deployments import Deployments
 from flashserve.live.fitting import fit_max_tokens, kv_room_tokens
 from flashserve.live.generation import Generation
 from flashserve.live.generations import Generations, Target
 from flashserve.live.names import Names
-from flashserve.live.recorder import ArrivalRecorder
 from flashserve.live.requests import AdapterStatus, Decision, GenerationRequest, ModelStatus
 from flashserve.live.runtime import Runtime
 from flashserve.live.status import NO_STATS, Stats, gather_stats, gather_tiers, model_status
@@ -51,7 +52,7 @@ class Service:
             settings.deploy, runtime, catalogue, settings.data_dir, names, self._adapters_of
         )
         self._adapters = Adapters(settings.deploy, runtime, catalogue, self._deployments, names)
-        self._recorder = ArrivalRecorder(catalogue)
+        self.demand = Demand(settings, runtime, catalogue, names, self._deployments, self._adapters)
         self._generations = Generations(runtime)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -61,7 +62,7 @@ class Service:
         await self._deployments.sweep()
         await self._adapters.restore()
         self._tasks = [
-            asyncio.create_task(self._recorder.run(), name="arrivals"),
+            asyncio.create_task(self.demand.run(), name="demand"),
             asyncio.create_task(self._deployments.preload(), name="tokenizers"),
         ]
 
@@ -76,7 +77,7 @@ class Service:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
-        await self._recorder.flush()
+        await self.demand.close()
 
     @property
     def is_ready(self) -> bool:
@@ -103,7 +104,7 @@ class Service:
             prompt_ids = await encode_prompt(target.text, request.prompt, request.messages)
         params = self._fit(request, model, len(prompt_ids))
         for series in target.series:
-            self._recorder.record(series)
+            self.demand.record(series)
         generation = self._begin(
             request,
             target,
@@ -212,6 +213,7 @@ class Service:
             ModelNotFoundError: it names the deployed models.
         """
         await self._deployments.delete(name)
+        await self.demand.forget(ModelId(name))
 
     # Adapters
 
@@ -252,7 +254,9 @@ class Service:
         Raises:
             ModelNotFoundError: it names those that are close.
         """
+        base = self._adapters.find(name).spec.base
         await self._adapters.remove(name)
+        await self.demand.forget(series_of(base, name))
 
     def prefetch_adapter(self, name: str) -> bool:
         """Bring an adapter near that requests are expected for; see Adapters.prefetch."""

@@ -17,8 +17,10 @@ import uvloop
 
 from flashserve.config import Settings
 from flashserve.errors import ConflictError, ModelNotFoundError, SourceError
+from flashserve.forecast.outlook import Forecast
 from flashserve.gateway.app import create_app
 from flashserve.live.adapterrows import RegisteredAdapter
+from flashserve.live.forecasting import ForecastStatus
 from flashserve.live.requests import (
     AdapterStatus,
     Decision,
@@ -32,6 +34,7 @@ from flashserve.live.requests import (
 from flashserve.store.guard import ScrubReport
 from flashserve.store.reporting import ArenaReport, StoreReport, TierReport
 from flashserve.store.transfers import Fetch
+from flashserve.telemetry import ForecastGauges
 from flashserve.types import AdapterSpec, KVUsage, ModelId, NodeId, Phases, RequestId, Tier
 
 MODEL = "team/tiny"
@@ -109,10 +112,42 @@ class FakeGeneration:
         self.is_closed.set()
 
 
+FORECAST = Forecast(
+    series=f"{MODEL}:shout",
+    made_at=1_790_000_040.0,
+    leads_s=(60.0, 300.0),
+    p_arrival=(0.25, 0.5),
+    mean=(0.3, 1.5),
+    quantiles=((0.0, 0.0, 1.0, 2.0), (0.0, 1.0, 3.0, 5.0)),
+    components={"hazard": 0.25},
+    model="hazard",
+    why="cheapest for this series",
+)
+
+
+class FakeDemand:
+    """Forecasts one series."""
+
+    def status(self) -> ForecastStatus:
+        return ForecastStatus("ready", "auto", FORECAST.made_at, 1)
+
+    def gauges(self) -> ForecastGauges:
+        return ForecastGauges(12.5, {("hazard", "cheapest for this series"): 1})
+
+    async def forecasts(self) -> list[Forecast]:
+        return [FORECAST]
+
+    async def forecast(self, name: str) -> Forecast:
+        if name != FORECAST.series:
+            raise ModelNotFoundError(f"model {name} is not deployed; deployed: {MODEL}")
+        return FORECAST
+
+
 class FakeService:
     """plan: what each generation plays; refusal: raised by submit and deploy instead."""
 
     def __init__(self) -> None:
+        self.demand = FakeDemand()
         self.reset()
 
     def reset(self) -> None:

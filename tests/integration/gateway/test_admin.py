@@ -7,7 +7,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from tests.integration.gateway.fakes import MODEL, Running
+from tests.integration.gateway.fakes import FORECAST, MODEL, Running
 
 from flashserve.errors import QueueFullError
 from flashserve.types import Tier
@@ -248,3 +248,55 @@ def test_metrics_have_the_tiers_of_every_node(http: httpx.Client) -> None:
     assert seen["flashserve_fetches", "disk"] == 0
     assert seen["flashserve_arena_prefaulted_bytes",] == 800
     assert seen["flashserve_scrub_rounds_total",] == 3
+
+
+def test_forecasts_say_what_is_expected_and_why(http: httpx.Client) -> None:
+    body = http.get("/admin/v1/forecasts").json()
+    assert body["object"] == "list"
+    assert body["status"] == {
+        "state": "ready",
+        "model": "auto",
+        "made_at": FORECAST.made_at,
+        "num_series": 1,
+        "num_dropped": 0,
+        "reason": "",
+        "training": None,
+    }
+    assert body["data"] == [
+        {
+            "name": f"{MODEL}:shout",
+            "made_at": FORECAST.made_at,
+            "model": "hazard",
+            "why": "cheapest for this series",
+            "leads": [
+                {
+                    "lead_s": 60.0,
+                    "p_arrival": 0.25,
+                    "mean": 0.3,
+                    "quantiles": {"0.1": 0.0, "0.5": 0.0, "0.9": 1.0, "0.99": 2.0},
+                },
+                {
+                    "lead_s": 300.0,
+                    "p_arrival": 0.5,
+                    "mean": 1.5,
+                    "quantiles": {"0.1": 0.0, "0.5": 1.0, "0.9": 3.0, "0.99": 5.0},
+                },
+            ],
+            "components": {"hazard": 0.25},
+        }
+    ]
+
+
+def test_one_forecast_is_shown_and_an_unknown_name_is_404(http: httpx.Client) -> None:
+    assert http.get(f"/admin/v1/forecasts/{MODEL}:shout").json()["name"] == f"{MODEL}:shout"
+    answer = http.get("/admin/v1/forecasts/nobody")
+    assert answer.status_code == 404
+    assert "deployed" in answer.json()["error"]["message"]
+
+
+def test_metrics_have_the_age_of_the_forecasts_and_who_speaks(http: httpx.Client) -> None:
+    metrics = http.get("/metrics").text
+    assert "flashserve_forecast_age_seconds 12.5" in metrics
+    assert (
+        'flashserve_forecast_series{model="hazard",why="cheapest for this series"} 1.0' in metrics
+    )

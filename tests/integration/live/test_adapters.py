@@ -370,8 +370,8 @@ def test_arrivals_of_an_adapter_are_counted_beside_its_bases(tmp_path: Path) -> 
         await add(rig)
         await rig.generate(model_id="shout")
         await rig.generate()
-        recorder = rig.service._recorder
-        counts = {count.model_id: count.count for count in recorder._counter.drain()}
+        recorder = rig.service.demand._recorder
+        counts = {count.series: count.count for count in recorder._counter.drain()}
         assert counts == {M: 2, ModelId(f"{M}:shout"): 1}
 
     play(tmp_path, scenario)

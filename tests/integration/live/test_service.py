@@ -639,7 +639,7 @@ def test_arrivals_are_on_disk_after_the_end(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
     async def read(rig: Rig) -> None:
-        rows = await rig.service._recorder._catalogue.arrivals(M, 0, 1 << 40)
+        rows = await rig.service.demand._recorder._catalogue.arrivals(M, 0, 1 << 40)
         assert sum(row.count for row in rows) == 3
 
     play(tmp_path, read, deployed=False)
