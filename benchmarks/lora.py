@@ -117,6 +117,9 @@ class Bench:
     num_tokens: int
     prompts: list[list[int]]
     arena: Arena
+    pool: torch.Tensor
+    """For keys and values, of all engines in turn: where memory lies makes some of the difference
+    between two runs."""
 
     def make_engine(self, num_adapters: int, rank: int, *, room: int | None = None) -> Engine:
         """Args: room: adapters that fit the memory; all, and the default, if not given."""
@@ -124,8 +127,7 @@ class Bench:
         settings = EngineSettings(reuse_prefixes=False)
         num_bytes = one * room if room else max(settings.adapter_bytes, one * num_adapters)
         settings = settings.model_copy(update={"adapter_bytes": num_bytes})
-        pool = allocate_pool(_POOL_BYTES)
-        engine = Engine(self.ours, settings, pool, read_adapter=self.arena.read)
+        engine = Engine(self.ours, settings, self.pool, read_adapter=self.arena.read)
         for number in range(num_adapters):
             engine.put_adapter(self.arena.image(number, rank))
         return engine
@@ -204,7 +206,8 @@ def make_bench(directory: Any, num_tokens: int) -> Bench:
     lengths = [16, 8, 24, 12, 20, 14, 10, 24] * 2
     prompts = [[draw.randrange(100, 49000) for _ in range(length)] for length in lengths]
     ours = base_bench.load(directory)
-    return Bench(ours, theirs, adapted.eval(), num_tokens, prompts, Arena(ours))
+    pool = allocate_pool(_POOL_BYTES)
+    return Bench(ours, theirs, adapted.eval(), num_tokens, prompts, Arena(ours), pool)
 
 
 def measure(bench: Bench, repeats: int, peer_repeats: int) -> dict[str, list[float]]:

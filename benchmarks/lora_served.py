@@ -18,7 +18,7 @@ from server import Server, deploy, running_server, stream_completion
 BASE = "base"
 PROMPT_TOKENS = 16
 _CONTENTS = 8
-_NUM_CLIENTS = 4
+_NUM_CLIENTS = 16
 _ARENA_BYTES = 1 << 30
 _ADAPTER_ZONE_BYTES = 256 << 20
 
