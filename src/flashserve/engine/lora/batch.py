@@ -25,6 +25,9 @@ Owned: TypeAlias = tuple[Placed | None, int]
 
 MANY_ROWS = 64
 """From so many rows on, an adapter's are computed by plain products with its own matrices."""
+STEADY_STEPS = 4
+"""After so many steps with the same adapters their tables are made, which takes as long as what a
+few steps save."""
 _MAX_KEPT = 4
 
 
@@ -125,6 +128,7 @@ class Composer:
         self._use_triton = use_triton or (memory.pool.is_cuda and has_kernels())
         self._bags = BagMaker(memory, groups, table_bytes)
         self._last: list[Placed] = []
+        self._num_steady = 0
         self._kept: collections.OrderedDict[object, LoraStep] = collections.OrderedDict()
 
     def order(self, parts: Sequence[Owned]) -> list[int]:
@@ -169,18 +173,20 @@ class Composer:
 
     def rest(self) -> None:
         """No adapter is in use: what was made for those that were may go."""
-        self._bags.tables.release()
-        self._kept.clear()
-        self._last = []
+        if self._last:
+            self._bags.tables.release()
+            self._kept.clear()
+            self._last = []
 
     def _have_tables(self, few: Sequence[Span]) -> bool:
-        """Whether there are tables for these spans; made when their adapters come again."""
+        """Whether there are tables for these spans; made when their adapters keep coming."""
         adapters = [span.placed for span in few]
-        tables = self._bags.tables
-        if few and adapters == self._last and not tables.are_of(adapters):
-            self._kept.clear()  # what is kept holds on to the tables before
-            self._bags.build_tables(few)
+        self._num_steady = self._num_steady + 1 if adapters == self._last else 0
         self._last = adapters
+        tables = self._bags.tables
+        if few and self._num_steady >= STEADY_STEPS and not tables.are_of(adapters):
+            self._kept.clear()  # what is kept would compute from the tables before
+            self._bags.build_tables(few)
         return tables.are_of(adapters)
 
     def _is_run(self, num_rows: int) -> bool:

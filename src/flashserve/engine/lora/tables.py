@@ -79,19 +79,27 @@ class Tables:
     def build(self, adapters: Sequence[Placed], rows: Sequence[Sequence[RowsOfA]]) -> None:
         """Replaces the tables, if those of these adapters are not too large.
 
+        Nobody may compute from the tables before: their memory is used again.
+
         Args:
             rows: by group, and by adapter.
         """
-        self.release()
-        self._adapters = list(adapters)
+        before = self._tables or [None] * len(self._groups)
+        self._adapters, self._tables = list(adapters), []
         sizes = [self._sizes(group, own) for group, own in zip(self._groups, rows, strict=True)]
         a_bytes, b_bytes = (sum(column) for column in zip(*sizes, strict=True))
         if a_bytes > self._max_bytes:
             return
         has_b = len(adapters) == 1 and a_bytes + b_bytes <= self._max_bytes
-        for group, own in zip(self._groups, rows, strict=True):
-            b = self._b(group, adapters[0], _most(own)) if has_b and _is_even(own) else None
-            self._tables.append(Table(self._a(group, own), b) if _is_even(own) else None)
+        for index, (group, own) in enumerate(zip(self._groups, rows, strict=True)):
+            old, before[index] = before[index], None
+            if not _is_even(own):
+                self._tables.append(None)
+                continue
+            a = self._a(group, own, old.a if old else None)
+            self._tables.append(
+                Table(a, self._b(group, adapters[0], len(a[0, 0])) if has_b else None)
+            )
 
     def of(self, group: int) -> Table | None:
         """None where no adapter changes the group, or they differ too much."""
@@ -105,18 +113,19 @@ class Tables:
         width = sum(target.out_features for target in group)
         return row_bytes * len(own) * group[0].in_features, row_bytes * width
 
-    def _a(self, group: Group, own: Sequence[RowsOfA]) -> torch.Tensor:
+    def _a(self, group: Group, own: Sequence[RowsOfA], old: torch.Tensor | None) -> torch.Tensor:
         size, most = group[0].in_features, _most(own)
+        shape = (len(self._memory.layers), len(own), most, size)
+        values = old if old is not None and old.shape == shape else self._zeros(shape)
         starts = torch.cat([padded(item.starts, most) for item in own])
         scales = torch.cat([padded(item.scales, most) for item in own])
-        values = self._zeros(len(starts), size)
-        for layer, room in enumerate(values):
-            room.copy_(self._memory.rows(layer, size).index_select(0, starts))
-        values.mul_(scales[:, None])
-        return values.view(len(values), len(own), most, size)
+        for layer, room in enumerate(values.flatten(1, 2)):
+            room.copy_(self._memory.rows(layer, size).index_select(0, starts)).mul_(scales[:, None])
+        return values
 
     def _b(self, group: Group, adapter: Placed, num_rows: int) -> torch.Tensor:
-        values = self._zeros(num_rows, sum(target.out_features for target in group))
+        width = sum(target.out_features for target in group)
+        values = self._zeros((len(self._memory.layers), num_rows, width))
         row = column = 0
         for target in group:
             size = target.out_features
@@ -129,8 +138,7 @@ class Tables:
             column += size
         return values
 
-    def _zeros(self, num_rows: int, size: int) -> torch.Tensor:
-        shape = (len(self._memory.layers), num_rows, size)
+    def _zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.float32, device=self._memory.pool.device)
 
 

@@ -103,12 +103,14 @@ def test_every_form_equals_the_reference(
     memory = make_memory(Arena(*adapters), dtype, width=width, num_bytes=16 << 20)
     placed = [load(memory, adapter) for adapter in adapters]
     composer = make_composer(memory, width)
-    for has_tables in (False, True):
+    for number in (0, batch.STEADY_STEPS):
         parts = [(None if owner is None else placed[owner], 1) for owner in owners]
         order = composer.order(parts)
-        step = composer.compose([parts[index] for index in order], [])
+        step = None
+        for _ in range(max(number, 1)):
+            step = composer.compose([parts[index] for index in order], [])
         assert step is not None
-        assert bool(composer.table_bytes) <= has_tables
+        assert bool(composer.table_bytes) <= (number > 0)
         ordered = [owners[index] for index in order]
         by_owner = sorted(
             range(len(ordered)), key=lambda row: -1 if ordered[row] is None else ordered[row]
@@ -121,11 +123,12 @@ def make_composer(memory: AdapterMemory, width: int = 64, table_bytes: int = 64 
     return Composer(memory, groups(width), *outside, table_bytes=table_bytes)
 
 
-def of_rows(composer: Composer, *parts: tuple[Placed | None, int]) -> LoraStep:
+def of_rows(composer: Composer, *parts: tuple[Placed | None, int], times: int = 1) -> LoraStep:
+    """The last of so many steps alike."""
     ordered = [parts[index] for index in composer.order(parts)]
-    step = composer.compose(ordered, [])
-    assert step is not None
-    return step
+    steps = [composer.compose(ordered, []) for _ in range(times)]
+    assert steps[-1] is not None
+    return steps[-1]
 
 
 def delta_of(step: LoraStep, x: torch.Tensor) -> torch.Tensor:
@@ -134,30 +137,37 @@ def delta_of(step: LoraStep, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def test_adapters_that_come_again_are_computed_from_tables() -> None:
+def test_adapters_that_keep_coming_are_computed_from_tables() -> None:
     """And from their own, whichever adapters came between, or were loaded to their places."""
     one, two = make_adapter("one", 8), make_adapter("two", 8)
     memory = make_memory(Arena(one, two))
     first, second = load(memory, one), load(memory, two)
     composer = make_composer(memory)
     x = torch.randn(3, 128)
-    wanted = delta_of(of_rows(composer, (first, 2), (second, 1)), x)
+    wanted = delta_of(of_rows(composer, (first, 2), (second, 1), times=batch.STEADY_STEPS), x)
     assert not composer.table_bytes
-    for counts in ((2, 1), (2, 1), (2, 1)):
-        step = of_rows(composer, *zip((first, second), counts, strict=True))
-        assert composer.table_bytes
-        torch.testing.assert_close(delta_of(step, x), wanted)
-    alone = delta_of(of_rows(composer, (first, 3)), x)
-    assert not composer.table_bytes
-    torch.testing.assert_close(alone[:2], wanted[:2])
-    of_rows(composer, (first, 2), (second, 1))
+    step = of_rows(composer, (first, 2), (second, 1))
     assert composer.table_bytes
+    torch.testing.assert_close(delta_of(step, x), wanted)
+    uneven = delta_of(of_rows(composer, (first, 1), (second, 2)), x)
+    assert composer.table_bytes
+    torch.testing.assert_close(uneven[[0, 2]], wanted[[0, 2]])
+    alone = of_rows(composer, (first, 3))
+    assert not composer.table_bytes
+    torch.testing.assert_close(delta_of(alone, x)[:2], wanted[:2])
+    alone = of_rows(composer, (first, 3), times=batch.STEADY_STEPS)
+    assert composer.table_bytes
+    torch.testing.assert_close(delta_of(alone, x)[:2], wanted[:2])
+    of_rows(composer, (first, 2), (second, 1), times=batch.STEADY_STEPS + 1)
     memory.release(first)
     anew = load(memory, two)
     assert anew.targets == first.targets
+    step = of_rows(composer, (second, 1), (anew, 2))
+    assert not composer.table_bytes
     for _ in range(2):
-        step = of_rows(composer, (second, 1), (anew, 2))
         torch.testing.assert_close(delta_of(step, x[[2, 0, 1]])[0], wanted[2])
+        step = of_rows(composer, (second, 1), (anew, 2), times=batch.STEADY_STEPS)
+        assert composer.table_bytes
     composer.rest()
     assert not composer.table_bytes
 
@@ -179,8 +189,7 @@ def test_tables_take_no_more_than_they_may() -> None:
         ([*[(load(memory, small), 1) for _ in range(3)], (placed[1], 1)], 1 << 30, 0),
     ):
         composer = make_composer(memory, table_bytes=table_bytes)
-        for _ in range(2):
-            of_rows(composer, *parts)
+        of_rows(composer, *parts, times=batch.STEADY_STEPS + 1)
         assert composer.table_bytes == taken
 
 
