@@ -61,7 +61,7 @@ class ClosedEngine(SteppedEngine):
                 break
             chunks.append((entry, taken))
             budget -= taken
-        while budget > 0 and (job := self._next_to_admit(now)) is not None:
+        while self._waiting and budget > 0 and (job := self._next_to_admit(now)) is not None:
             entry = self._admit(job)
             taken = min(entry[0], budget)
             chunks.append((entry, taken))

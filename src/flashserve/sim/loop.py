@@ -55,7 +55,7 @@ class Simulation:
     Args:
         observer: told of every event; nothing else keeps the commands.
         records: gets a row for each request that comes with a job of an index.
-        ledger: the nodes' own; sampled each `sample_s`.
+        ledger: the nodes' own; sampled each `sample_s` of a run that has an end.
         output_tokens: of the answers to requests in a script, which have no job.
         models: numbers the models in `records`.
     """
@@ -98,7 +98,7 @@ class Simulation:
         for node in self._nodes.values():
             node.attach(self.call_at, self._said.append)
             node.join()
-        if self._ledger is not None:
+        if self._ledger is not None and until < math.inf:
             self._sample(0.0)
         self._handle_said()
         self._play(_Feed(iter(script)), _Feed(iter(arrivals)), until)
@@ -126,7 +126,7 @@ class Simulation:
                     return
                 self.now = at
                 self._handle(Tick())
-            elif at > until or at == math.inf or self._is_over(script, arrivals):
+            elif at > until or at == math.inf:
                 return
             else:
                 self.now = at
@@ -139,15 +139,8 @@ class Simulation:
                     self._arrive(arrived, job)
                 else:
                     heapq.heappop(heap)[2](at)
-            self._handle_said()
-
-    def _is_over(self, *feeds: _Feed[Any]) -> bool:
-        """Nothing is planned but the next sample."""
-        return (
-            self._ledger is not None
-            and len(self._heap) == 1
-            and all(feed.at == math.inf for feed in feeds)
-        )
+            if self._said:
+                self._handle_said()
 
     def _handle_said(self) -> None:
         said = self._said
@@ -177,8 +170,6 @@ class Simulation:
     def _carry_out(self, command: Command) -> None:
         kind = type(command)
         self.num_commands[kind] += 1
-        if isinstance(command, Hold):
-            return
         if isinstance(command, Dispatch):
             job = self._jobs[command.request_id]
             if self._records is not None and job.index >= 0:
@@ -188,7 +179,7 @@ class Simulation:
             job = self._jobs.pop(command.request_id)
             if self._records is not None and job.index >= 0:
                 self._records.rejected(job)
-        else:
+        elif not isinstance(command, Hold):
             self._nodes[command.node_id].execute(command, self.now)
 
     def _finished(self, event: RequestFinished) -> None:

@@ -39,7 +39,7 @@ from flashserve.sim.closed import ClosedEngine
 from flashserve.sim.ledger import Account, Ledger, Use
 from flashserve.sim.links import CallAt, Move
 from flashserve.sim.profiles import THIS, EngineShape, Profile, Speeds, StepCosts
-from flashserve.sim.steps import AdapterSlots, EngineMaker, Job, SteppedEngine
+from flashserve.sim.steps import INFINITE, AdapterSlots, EngineMaker, Job, SteppedEngine
 from flashserve.sim.storage import Resident, Storage
 from flashserve.sim.workers import Claim, Workers
 from flashserve.types import ModelSpec, NodeId, NodeSpec, Phases, ReplicaId, Tier
@@ -63,7 +63,8 @@ class ModelledReplica:
     since: float = 0.0
     move: Move | None = None
     engine: SteppedEngine | None = None
-    wake_at: float | None = None
+    wake: Callable[[float], None] | None = None
+    wake_at: float = INFINITE
     num_jobs: int = 0
     is_loading: bool = False
     """Its worker has been told to load."""
@@ -315,6 +316,7 @@ class ModelledNode:
         slots = AdapterSlots(self._num_adapters, self._speeds.adapter_s)
         costs = self._costs.of(replica.model.size_bytes)
         replica.engine = self._make_engine(costs, self._shape, slots, is_open=replica.is_open)
+        replica.wake = functools.partial(self._wake, replica)
         self._ledger.hold(replica.account, Tier.DEVICE, 1)
         if replica.is_open:
             self._loaded(replica, now)
@@ -422,15 +424,16 @@ class ModelledNode:
 
     def _plan(self, replica: ModelledReplica) -> None:
         assert replica.engine is not None
+        assert replica.wake is not None
         at = replica.engine.next_at
-        if at < (replica.wake_at if replica.wake_at is not None else float("inf")):
+        if at < replica.wake_at:  # what was planned for later comes too, and finds nothing to do
             replica.wake_at = at
-            self._call_at(at, functools.partial(self._wake, replica))
+            self._call_at(at, replica.wake)
 
     def _wake(self, replica: ModelledReplica, now: float) -> None:
         if replica.is_gone or now != replica.wake_at or replica.engine is None:
             return
-        replica.wake_at = None
+        replica.wake_at = INFINITE
         for job in replica.engine.advance(now):
             replica.num_jobs -= 1
             prefill_s = job.first_token_at - job.dispatched_at - job.gated_s

@@ -116,6 +116,8 @@ class Workload:
     lengths: tuple[Lengths, ...]
     kinds: Ints
     """[models], index into lengths."""
+    first_slot: int = 0
+    """Of the trace; slots before it were cut off by `after`."""
 
     @property
     def num_requests(self) -> int:
@@ -129,6 +131,21 @@ class Workload:
         """Every model, deployed at time 0."""
         for model in self.models:
             yield 0.0, ModelDeployed(model)
+
+    def after(self, num_slots: int) -> tuple[History, Workload]:
+        """What came in the first slots, as minute counts before time 0, and the workload after it.
+
+        Raises:
+            InputError: nothing is left after so many.
+        """
+        if not 0 < num_slots < self.counts.shape[1]:
+            raise InputError(f"the workload has {self.counts.shape[1]} slots, not over {num_slots}")
+        before = dataclasses.replace(self, counts=self.counts[:, :num_slots])
+        rest = dataclasses.replace(
+            self, counts=self.counts[:, num_slots:], first_slot=self.first_slot + num_slots
+        )
+        past = before.minute_counts()
+        return dataclasses.replace(past, start=-past.counts.shape[1]), rest
 
     def minute_counts(self) -> History:
         """Arrivals in each simulated minute, as a forecaster sees them; minute 0 is time 0."""
@@ -193,7 +210,7 @@ class Workload:
 
     def _draw(self, slot: int, column: npt.NDArray[np.int32], total: int) -> Slice:
         settings = self.settings
-        rng = np.random.default_rng([settings.seed, slot, 1])
+        rng = np.random.default_rng([settings.seed, self.first_slot + slot, 1])
         model = np.repeat(np.arange(len(self.models)), column)
         at = (slot + rng.random(total)) * self.slot_s
         order = np.argsort(at, kind="stable")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -24,9 +25,11 @@ from flashserve.messages.commands import (
     StopReplica,
 )
 from flashserve.messages.events import (
+    BoundsChanged,
     DrainStarted,
     Event,
     EvictRequested,
+    ForecastReady,
     ModelDeleted,
     ModelDeployed,
     NodeEvent,
@@ -35,10 +38,23 @@ from flashserve.messages.events import (
     RequestArrived,
     StageRequested,
 )
+from flashserve.policy.cost import Prices
+from flashserve.policy.plans import Policy
+from flashserve.policy.registry import make_policy
 from flashserve.sim.loop import CommandLog, Simulation
 from flashserve.sim.nodes import ModelledNode
 from flashserve.sim.steps import Job
-from flashserve.types import ModelId, ModelSpec, NodeId, NodeSpec, ReplicaId, RequestId, Tier
+from flashserve.types import (
+    ModelId,
+    ModelSpec,
+    NodeId,
+    NodeSpec,
+    ReplicaId,
+    RequestId,
+    Scaling,
+    SeriesForecast,
+    Tier,
+)
 
 pytestmark = pytest.mark.integration
 Timed = list[tuple[float, Command]]
@@ -80,9 +96,37 @@ def script() -> list[tuple[float, Event]]:
     return sorted(steps, key=lambda step: step[0])
 
 
+def predictive_script() -> list[tuple[float, Event]]:
+    """Forecasts that start, keep and let go, nonsense among them, and bounds that change."""
+    steps: list[tuple[float, Event]] = [
+        (0.1 + 0.001 * i, ModelDeployed(ModelSpec(ModelId(name), f"/{name}", SIZES[name])))
+        for i, name in enumerate("abcd")
+    ]
+    chances = {"a": [0.9, 0.9, 0.001, 0.001], "b": [0.001, 0.95, 0.95, math.nan], "c": [1e-6] * 4}
+    for minute in range(4):
+        forecasts = tuple(
+            forecast(name, 60.0 * (minute + 1), row[minute]) for name, row in chances.items()
+        )
+        steps.append((60.0 * (minute + 1) + 0.537, ForecastReady(forecasts)))
+    steps += [
+        (130.011, BoundsChanged(ModelId("d"), Scaling(min_replicas=1))),
+        (250.017, BoundsChanged(ModelId("d"), Scaling(min_replicas=0, max_replicas=1))),
+    ]
+    steps += [
+        (61.3 + 7.9 * i, RequestArrived(RequestId(f"r{i}"), ModelId(name), 100))
+        for i, name in enumerate("abacabdbcabdaacb")
+    ]
+    return sorted(steps, key=lambda step: step[0])
+
+
+def forecast(name: str, made_at: float, p: float) -> SeriesForecast:
+    leads = (60.0, 300.0, 3600.0)
+    return SeriesForecast(ModelId(name), made_at, leads, (p, p, p), (p, 2 * p, 9 * p), (1, 2, 9))
+
+
 class RecordedController(Controller):
-    def __init__(self) -> None:
-        super().__init__(SETTINGS)
+    def __init__(self, policy: Policy | None) -> None:
+        super().__init__(SETTINGS, policy=policy)
         self.given: Timed = []
 
     def handle(self, event: Event, now: float) -> list[Command]:
@@ -116,9 +160,9 @@ class LiveNode:
         pass
 
 
-async def run_live(steps: Sequence[tuple[float, Event]]) -> Timed:
+async def run_live(steps: Sequence[tuple[float, Event]], policy: Policy | None = None) -> Timed:
     clock = ScriptClock()
-    controller = RecordedController()
+    controller = RecordedController(policy)
     nodes = {spec.node_id: LiveNode(spec, clock) for spec in SPECS}
     runtime = Runtime(controller, list(nodes.values()), clock=clock)  # type: ignore[arg-type]
     clients: set[asyncio.Task[None]] = set()
@@ -162,3 +206,18 @@ def test_one_script_through_both_drivers_gives_the_same_commands() -> None:
     assert codes >= {"queue_full", "model_too_large", "model_not_found", "draining"}
     resumed = [c for _, c in live if isinstance(c, Dispatch) and c.request_id == "r0"]
     assert len(resumed) == 2
+
+
+def test_forecasts_and_bounds_through_both_drivers_give_the_same_commands() -> None:
+    steps = predictive_script()
+    nodes, log = [ModelledNode(spec) for spec in SPECS], CommandLog()
+    policy = make_policy("flashserve", Prices())
+    Simulation(Controller(SETTINGS, policy=policy), nodes, observer=log).run(steps)
+    live = asyncio.run(run_live(steps, make_policy("flashserve", Prices())))
+    assert live == log.commands
+    ahead = [c for _, c in live if isinstance(c, StartReplica) and "ahead of" in c.reason]
+    assert "b" in {command.model.model_id for command in ahead}
+    # Kept by its bounds, past its keep-alive, until they changed.
+    stops = [(at, c.model.model_id) for at, c in live if isinstance(c, StopReplica)]
+    assert [at for at, model_id in stops if model_id == "d"] == [250.017]
+    assert not [c for _, c in live if isinstance(c, Reject)]

@@ -78,6 +78,19 @@ def test_compression_shortens_time_and_keeps_the_requests() -> None:
     assert fast.minute_counts().counts.sum() == plain.minute_counts().counts.sum()
 
 
+def test_the_rest_of_a_workload_has_the_same_requests_earlier() -> None:
+    whole = made(num_models=20)
+    past, rest = whole.after(100)
+    assert (past.start, past.counts.shape[1]) == (-100, 100)
+    assert past.counts.sum() + rest.num_requests == whole.num_requests
+    later = [(at - 6000.0, event.model_id) for at, event, _ in whole.arrivals() if at >= 6000.0]
+    moved = [(at, event.model_id) for at, event, _ in rest.arrivals()]
+    assert [model for _, model in moved] == [model for _, model in later]
+    assert [at for at, _ in moved] == pytest.approx([at for at, _ in later])
+    with pytest.raises(InputError, match="240 slots"):
+        whole.after(240)
+
+
 def test_lengths_are_those_of_real_requests_and_fit_the_context() -> None:
     pairs = {(job.prompt_tokens, job.output_tokens) for _, _, job in made(num_models=20).arrivals()}
     assert pairs == {(10, 3), (20, 4)}
