@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from flashserve.policy import text
 from flashserve.policy.cost import Prices
+from flashserve.policy.gaps import RecentGaps
 from flashserve.policy.plans import Facts, Plan, clamp, replicas_for_load
 from flashserve.types import ModelId, SeriesForecast
 
@@ -46,12 +47,13 @@ class Predictive:
     def __init__(self, prices: Prices, window_s: float = WINDOW_S) -> None:
         self._prices = prices
         self._window_s = window_s
+        self._gaps = RecentGaps()
 
     def arrived(self, model_id: ModelId, now: float) -> None:
-        pass
+        self._gaps.arrived(model_id, now)
 
     def forget(self, model_id: ModelId) -> None:
-        pass
+        self._gaps.forget(model_id)
 
     def plan(self, facts: Facts, now: float) -> Plan:
         by_load = replicas_for_load(facts)
@@ -61,7 +63,7 @@ class Predictive:
             return Plan(clamp(by_load, facts), facts.keep_alive_s, reason=reason)
         next_due = forecast.made_at + self._window_s + _LATE_S
         if facts.last_arrival_at is not None and facts.last_arrival_at > forecast.made_at:
-            return self._until_next(facts, by_load, next_due, rate_of(forecast, now))
+            return self._until_next(facts, by_load, next_due, now)
         return self._by_chance(facts, forecast, by_load, now)
 
     def _is_trusted(self, forecast: SeriesForecast, facts: Facts, now: float) -> bool:
@@ -75,17 +77,32 @@ class Predictive:
             limit_s = min(limit_s, 2 * self._window_s + _LATE_S)
         return -_LATE_S <= age_s <= limit_s
 
-    def _until_next(self, facts: Facts, by_load: int, next_due: float, rate: float) -> Plan:
-        """Something arrived since the forecast was made: keep what there is until the next one."""
-        kept = max(by_load, min(facts.num_replicas, 1))
-        keep_s = self._keep_s(facts)
-        reason = "requests since the last forecast: kept until the next one"
-        return Plan(clamp(kept, facts), keep_s, next_due, rate, reason)
+    def _until_next(self, facts: Facts, by_load: int, next_due: float, now: float) -> Plan:
+        """Something arrived since the forecast was made: the gaps between requests decide.
+
+        Only until the next forecast, which has seen it.
+        """
+        assert facts.forecast is not None
+        assert facts.last_arrival_at is not None
+        rate = rate_of(facts.forecast, now)
+        wanted = clamp(by_load, facts)
+        if facts.has_own_keep_alive:
+            return Plan(wanted, facts.keep_alive_s, next_due, rate, "its own keep-alive")
+        if facts.idle_since is None:
+            return Plan(wanted, self._keep_s(facts), next_due, rate, "it has requests")
+        cold_s = self._cold(facts) / max(self._prices.gpu_per_s, 1e-12)
+        age_s = now - facts.last_arrival_at
+        keep_s = self._gaps.keep_s(facts.model_id, age_s, max(next_due - now, 0.0), cold_s)
+        reason = (
+            f"the next request after {text.seconds(age_s)}: worth {text.seconds(keep_s)} more, "
+            f"as a start costs {text.seconds(cold_s)} idle"
+        )
+        return Plan(wanted, now - facts.idle_since + keep_s, next_due, rate, reason)
 
     def _by_chance(self, facts: Facts, forecast: SeriesForecast, by_load: int, now: float) -> Plan:
         rate = rate_of(forecast, now)
         p = chance(forecast, now, self._window_s + facts.restart_s)
-        cold = self._prices.cold_start(facts.restart_s, facts.prefill_s)
+        cold = self._cold(facts)
         idle = self._prices.gpu_per_s * self._window_s
         if not facts.num_replicas:  # a start that nobody uses costs its own time as well
             idle += self._prices.gpu_per_s * facts.restart_s
@@ -109,11 +126,14 @@ class Predictive:
         at_once = count / self._window_s * facts.run_s
         return max(1, math.ceil(at_once / max(facts.scaling.target or facts.limit, 1)))
 
+    def _cold(self, facts: Facts) -> float:
+        return self._prices.cold_start(facts.restart_s, facts.prefill_s)
+
     def _keep_s(self, facts: Facts) -> float:
         """Of replicas beyond the wanted ones: as long as another start costs (ski rental)."""
         if facts.has_own_keep_alive:
             return facts.keep_alive_s
-        cold = self._prices.cold_start(facts.restart_s, facts.prefill_s)
+        cold = self._cold(facts)
         return min(cold / max(self._prices.gpu_per_s, 1e-12), self._window_s)
 
 

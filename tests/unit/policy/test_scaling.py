@@ -74,11 +74,17 @@ def test_a_forecast_that_is_old_or_no_distribution_counts_as_none(said: SeriesFo
     assert policy().plan(facts(forecast=said), 0.0).reason.startswith("no forecast")
 
 
-def test_after_new_requests_a_replica_stays_until_the_next_forecast_has_seen_them() -> None:
-    known = facts(num_replicas=1, last_arrival_at=30.0, forecast=forecast(0.0001))
-    plan = policy().plan(known, now=40.0)
-    assert plan.replicas == 1
-    assert plan.review_at == 80.0  # the next one is due at 60 s, and 20 s late at the latest
+def test_after_new_requests_the_gaps_between_them_decide_until_the_next_forecast() -> None:
+    chatty, lonely = policy(), policy()
+    for number in range(20):
+        chatty.arrived(ModelId("m"), 3.0 * number - 30.0)
+        lonely.arrived(ModelId("m"), 500.0 * number - 9470.0)
+    known = facts(num_replicas=1, idle_since=32.0, last_arrival_at=30.0, forecast=forecast(0.001))
+    kept, stopped = (each.plan(known, now=32.0) for each in (chatty, lonely))
+    assert kept.keep_idle_s > 1.0
+    assert kept.review_at == 80.0  # the next one is due at 60 s, and 20 s late at the latest
+    assert stopped.keep_idle_s == 0.0
+    assert "as a start costs 60 s idle" in stopped.reason
 
 
 def test_when_forecasts_stop_coming_the_keep_alive_takes_over() -> None:
