@@ -31,6 +31,29 @@ def test_forecasts_the_level_of_a_steady_series(fitted: ProphetLstm) -> None:
     assert prediction.components["trend"][0] == pytest.approx(6, abs=2.5)
 
 
+def test_prophet_is_fitted_when_a_forecast_needs_it_and_not_before() -> None:
+    pytest.importorskip("torch")
+    asked: list[tuple[int, int]] = []
+
+    def fit_one(values: np.ndarray, start: int, num_ahead: int) -> tuple[np.ndarray, np.ndarray]:
+        asked.append((start, len(values)))
+        return np.full(len(values), 2.0), np.full(num_ahead, 2.0)
+
+    model = ProphetLstm(num_epochs=0, fit_one=fit_one)
+    model.fit(workload(0))
+    follower = model.follow(("a", "b"), 100)
+    for _ in range(24 * BIN_MINUTES - 1):
+        follower.advance([2.0, 2.0])
+    assert follower.forecast((1,)).mean.max() < 0.01
+    assert not asked
+    for _ in range(60 * BIN_MINUTES):
+        follower.advance([2.0, 2.0])
+    for _ in range(3):
+        prediction = follower.forecast((1, 10))
+    assert asked == [(100, 72)] * 2
+    np.testing.assert_allclose(prediction.mean, [[2, 20]] * 2)
+
+
 def test_prophet_continues_a_slope() -> None:
     pytest.importorskip("prophet")
     values = 2 + 0.1 * np.arange(60)
