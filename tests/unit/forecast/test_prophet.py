@@ -40,7 +40,8 @@ def test_prophet_is_fitted_when_a_forecast_needs_it_and_not_before() -> None:
         return np.full(len(values), 2.0), np.full(num_ahead, 2.0)
 
     model = ProphetLstm(num_epochs=0, fit_one=fit_one)
-    model.fit(workload(0))
+    model.fit(workload(60))
+    asked.clear()
     follower = model.follow(("a", "b"), 100)
     for _ in range(24 * BIN_MINUTES - 1):
         follower.advance([2.0, 2.0])
