@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Any
 
 import structlog
@@ -29,10 +29,9 @@ from flashserve.messages.work import (
     ModelLost,
     Prepare,
     TokenBatch,
-    WorkerStats,
 )
 from flashserve.node.adapters import Adapters
-from flashserve.node.client import ModelResidence, NodeStats
+from flashserve.node.client import NodeStats
 from flashserve.node.describing import describe
 from flashserve.node.handing import HandoutSocket
 from flashserve.node.hints import Hints
@@ -41,6 +40,7 @@ from flashserve.node.pool import WorkerPool
 from flashserve.node.process import WORKER_COMMAND, threads_per_worker
 from flashserve.node.replica import Replica, staged_events
 from flashserve.node.staging import Operation, StagedModel, StoreQueue
+from flashserve.node.stats import model_residences, replica_stats
 from flashserve.node.workers import Launcher, Worker
 from flashserve.store.sources.source import open_source
 from flashserve.store.store import Store
@@ -56,7 +56,6 @@ from flashserve.types import (
 )
 
 _log = structlog.get_logger()
-_STATS_TIMEOUT_S = 2.0
 
 
 class Agent:
@@ -173,9 +172,10 @@ class Agent:
         handed = {id_: model for id_, model in self.deployed().items() if model.source in others}
         models = {**handed, **self._models}
         # Not in the queue's threads: those may all be busy with what somebody wants to watch.
-        residences = await asyncio.to_thread(_residences, self._store, models, others)
+        residences = await asyncio.to_thread(model_residences, self._store, models, others)
         report = await asyncio.to_thread(self._store.report)
-        replicas, adapters = await self._replica_stats(), await self._adapters.residences()
+        replicas = await replica_stats(self._replicas)
+        adapters = await self._adapters.residences()
         return NodeStats(self._store.usage(), residences, replicas, report, adapters)
 
     async def close(self, grace_s: float) -> None:
@@ -371,23 +371,6 @@ class Agent:
     def _hint(self, model_id: ModelId, hint: Prepare) -> None:
         self._hints.add(model_id, hint, self._pool.spare)
 
-    async def _replica_stats(self) -> dict[ReplicaId, WorkerStats]:
-        async def ask(replica: Replica) -> WorkerStats | None:
-            # One that is gone, stuck, or may wait for its bytes in a step, has no numbers.
-            with contextlib.suppress(FlashServeError):
-                worker = replica.worker
-                if replica.ready is not None and replica.is_whole and worker is not None:
-                    return await worker.channel.call("stats", None, WorkerStats, _STATS_TIMEOUT_S)
-            return None
-
-        replicas = dict(self._replicas)
-        answers = await asyncio.gather(*(ask(replica) for replica in replicas.values()))
-        return {
-            replica_id: answer
-            for replica_id, answer in zip(replicas, answers, strict=True)
-            if answer is not None
-        }
-
     def _emit(self, event: NodeEvent) -> None:
         self._on_event(event)
 
@@ -395,20 +378,6 @@ class Agent:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _residences(
-    store: Store, models: dict[ModelId, ModelSpec], others: Mapping[str, int]
-) -> dict[ModelId, ModelResidence]:
-    """others: how many processes that are no workers have a copy, by source."""
-    residents = store.residents()
-    found: dict[ModelId, ModelResidence] = {}
-    for model_id, model in models.items():
-        at = residents.get(model_id)
-        dram, disk, leases = (at.dram_bytes, at.disk_bytes, at.num_leases) if at else (0, 0, 0)
-        leases += others.get(model.source, 0)
-        found[model_id] = ModelResidence(store.tier(model), dram, disk, leases)
-    return found
 
 
 def _ignore(event: NodeEvent) -> None:
