@@ -28,7 +28,7 @@ def deployed(checkpoint: Path) -> Iterator[Server]:
         server = Server(data_dir)
         try:
             server.start()
-            server.succeed("deploy", MODEL, str(checkpoint))
+            server.deploy(MODEL, checkpoint)
             yield server
         finally:
             if server.is_alive():

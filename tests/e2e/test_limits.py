@@ -64,7 +64,7 @@ def test_queue_overflow_is_429_and_a_passed_deadline_503(tight_server: Server) -
 def test_models_take_turns_on_one_worker_and_in_a_small_arena(
     tight_server: Server, checkpoint: Path
 ) -> None:
-    tight_server.succeed("deploy", "other", str(checkpoint))
+    tight_server.deploy("other", checkpoint)
     answers = {tight_server.ask(model=name, max_tokens=8) for name in (MODEL, "other") * 2}
     assert len(answers) == 1
     tight_server.succeed("delete", "other")
@@ -84,7 +84,7 @@ def test_a_model_that_disappears_fails_its_requests_and_nobody_elses(
     tight_server: Server, checkpoint: Path, tmp_path: Path
 ) -> None:
     directory = damaged(checkpoint, tmp_path / "vanishing", zero_weights)
-    tight_server.succeed("deploy", "vanishing", str(directory))
+    tight_server.deploy("vanishing", directory)
     (directory / WEIGHTS).unlink()
     reply = ask(tight_server, model="vanishing")
     assert reply.status_code in {422, 503}

@@ -117,7 +117,7 @@ def test_holders_are_leases_until_their_tensors_go_and_keep_them_when_the_node_e
 ) -> None:
     source = tmp_path / "held"  # not that of a model with replicas, which are leases too
     shutil.copytree(checkpoint, source, copy_function=os.link)
-    server.succeed("deploy", "held", str(source))
+    server.deploy("held", source)
     server.succeed("stage", "held", "--tier", "dram")
     assert leases(server, "held") == 0
     model = load_model("held", data_dir=server.data_dir)
@@ -131,7 +131,7 @@ def test_holders_are_leases_until_their_tensors_go_and_keep_them_when_the_node_e
     server.succeed("delete", "held")
     wanted = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert_equal(model, wanted)
-    server.succeed("deploy", "held", str(source))
+    server.deploy("held", source)
     assert leases(server, "held") == 1
     kept = model.get_input_embeddings().weight.detach()[:1]
     del model

@@ -60,10 +60,10 @@ def transit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Transit,
 def whole_bench(transit: tuple[Transit, Path]) -> Iterator[Bench]:
     proxy, weights = transit
     with remote.serving() as server:
-        server.succeed("deploy", "local", str(weights.parent))
+        server.deploy("local", weights.parent)
         answer = remote.answer(server, "local")
         server.succeed("delete", "local")
-        server.succeed("deploy", MODEL, remote.SOURCE)
+        server.deploy(MODEL, remote.SOURCE)
         yield Bench(server, proxy, weights, answer)
         remote.make_cold(server, MODEL)
         assert server.stop() == 0, server.log()

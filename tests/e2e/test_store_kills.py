@@ -114,7 +114,7 @@ def test_a_server_that_is_killed_while_it_fetches_goes_on_with_what_it_has(
         server = Server(data_dir, **{**remote.SETTINGS, **PATIENT})
         try:
             server.start()
-            server.succeed("deploy", MODEL, remote.SOURCE)
+            server.deploy(MODEL, remote.SOURCE)
             for number in range(NUM_KILLS):
                 # At first so late that a chunk is whole, then anywhere.
                 num_bytes = size - CHUNK_BYTES // 2 if number == 0 else draw.randrange(size // 4)
@@ -133,7 +133,7 @@ def test_a_server_that_is_killed_while_it_fetches_goes_on_with_what_it_has(
             answer = remote.answer(server, MODEL)
             assert transit.num_sent - sent <= size - CHUNK_BYTES
             assert remote.await_disk(server, MODEL).read_bytes() == weights.read_bytes()
-            server.succeed("deploy", "local", str(weights.parent))
+            server.deploy("local", weights.parent)
             assert remote.answer(server, "local") == answer
             assert server.stop() == 0, server.log()
             report = remote.fsck(server)
@@ -156,7 +156,7 @@ def test_a_worker_that_is_killed_while_its_model_arrives_loses_no_request(
 ) -> None:
     transit, weights = stored
     with remote.serving(**PATIENT) as server, ThreadPoolExecutor(1) as pool:
-        server.succeed("deploy", MODEL, remote.SOURCE)
+        server.deploy(MODEL, remote.SOURCE)
         sent = transit.num_sent
         with gated(transit, weights.stat().st_size // 2) as gate:
             asked = pool.submit(remote.answer, server, MODEL)
@@ -166,7 +166,7 @@ def test_a_worker_that_is_killed_while_its_model_arrives_loses_no_request(
             eventually(lambda: is_gone(worker), "the worker is gone")
         answer = asked.result()
         assert transit.num_sent - sent == weights.stat().st_size, "it was fetched once"
-        server.succeed("deploy", "local", str(weights.parent))
+        server.deploy("local", weights.parent)
         assert remote.answer(server, "local") == answer
         assert server.stop() == 0, server.log()
         assert remote.fsck(server)["is_clean"]
@@ -177,7 +177,7 @@ def test_a_model_that_the_disk_tier_cannot_hold_is_served_from_memory(
 ) -> None:
     _, weights = stored
     with remote.serving(STORE__DISK_BYTES="20MiB") as server:
-        server.succeed("deploy", MODEL, remote.SOURCE)
+        server.deploy(MODEL, remote.SOURCE)
         remote.move(server, MODEL, "stage", "dram").raise_for_status()
         found = remote.ps(server, MODEL)
         assert (found["tier"], found["disk_bytes"]) == ("dram", 0)
