@@ -269,6 +269,8 @@ def test_bytes_that_were_evicted_or_failed_after_a_stop_are_not_told_to_be_there
                 await bench.events.next(Evicted)
                 if replica == "m#1":
                     store.open(NUM_GROUPS)
+                    for _ in range(3):  # the news, their future, and who follows that
+                        await asyncio.sleep(0)
                 else:
                     store.arrivals[-1].fail(CheckpointError("m is damaged"))
                     await bench.events.next(Evicted, model_id="m", tier=Tier.DRAM)
