@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Mapping, Sequence
 
 from flashserve.policy import text
@@ -12,6 +13,9 @@ from flashserve.types import ModelId
 
 class Oracle:
     """Starts each model just in time, and keeps it where the next request comes before that pays.
+
+    A start that was due stays wanted until its request has come: predictions that get shorter
+    meanwhile change nothing.
 
     Args:
         arrivals: of every model, ascending, in the controller's time.
@@ -28,12 +32,14 @@ class Oracle:
     ) -> None:
         self._arrivals = arrivals
         self._margin = margin
+        self._start_at: dict[ModelId, tuple[float, float]] = {}
+        """Of each model: a request, and when the start for it is due."""
 
     def arrived(self, model_id: ModelId, now: float) -> None:
         pass
 
     def forget(self, model_id: ModelId) -> None:
-        pass
+        self._start_at.pop(model_id, None)
 
     def plan(self, facts: Facts, now: float) -> Plan:
         wanted = replicas_for_load(facts)
@@ -44,9 +50,12 @@ class Oracle:
         gap_s = times[at] - now
         lead_s = facts.restart_s * (1 + self._margin)
         # A start ahead costs the accelerator's time while it loads; keeping costs the whole gap.
-        if gap_s <= lead_s or (facts.num_replicas and gap_s <= facts.restart_s):
+        request_at, due_at = self._start_at.get(facts.model_id, (math.nan, math.inf))
+        is_due = request_at == times[at] and now >= due_at
+        if is_due or gap_s <= lead_s or (facts.num_replicas and gap_s <= facts.restart_s):
             reason = f"the next request comes in {text.seconds(gap_s)}"
             return Plan(clamp(max(wanted, 1), facts), 0.0, times[at] + 1e-3, 1 / gap_s, reason)
         start_at = times[at] - lead_s
+        self._start_at[facts.model_id] = (times[at], start_at)
         reason = f"the next request comes in {text.seconds(gap_s)}, the start in time for it"
         return Plan(clamp(wanted, facts), 0.0, start_at, 1 / gap_s, reason)

@@ -61,6 +61,14 @@ def test_the_oracle_starts_just_in_time_and_keeps_nothing_over_long_gaps() -> No
     assert oracle.plan(facts(), now=100.0).reason == "no further request"
 
 
+def test_the_oracle_keeps_to_a_start_that_was_due_though_starts_turn_out_to_be_quicker() -> None:
+    oracle = Oracle({M: [100.0]})
+    due_at = oracle.plan(facts(), now=0.0).review_at
+    quicker = facts(restart_s=facts().restart_s / 2)
+    assert oracle.plan(quicker, now=due_at).replicas == 1
+    assert oracle.plan(dataclasses.replace(quicker, num_replicas=1), now=due_at + 0.1).replicas == 1
+
+
 def test_the_oracle_keeps_what_is_used_again_before_a_start_would_be_over() -> None:
     plan = Oracle({M: [0.9]}).plan(facts(num_replicas=1), now=0.0)
     assert plan.replicas == 1
