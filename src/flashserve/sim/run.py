@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from flashserve.control.controller import Controller
-from flashserve.messages.commands import Command, Evict, Stage, StartReplica, StopReplica
+from flashserve.messages.commands import (
+    Command,
+    Evict,
+    NodeCommand,
+    Stage,
+    StartReplica,
+    StopReplica,
+)
 from flashserve.messages.events import Event
 from flashserve.sim.closed import ClosedEngine
 from flashserve.sim.ledger import Ledger
@@ -50,16 +58,34 @@ class Cluster:
 
 
 class _Decisions:
-    """Keeps the last commands that were no requests'."""
+    """Keeps commands that were no requests': of each verb at most so many, at equal distances."""
 
     def __init__(self, num_kept: int) -> None:
-        self.kept: collections.deque[Decided] = collections.deque(maxlen=num_kept)
+        self._num_kept = num_kept
+        self._kept: dict[str, list[Decided]] = {verb: [] for verb in _VERBS.values()}
+        self._num_seen = collections.Counter[str]()
+        self._stride = dict.fromkeys(_VERBS.values(), 1)
 
     def __call__(self, at: float, _event: Event, commands: Sequence[Command]) -> None:
         for command in commands:
             if isinstance(command, StartReplica | StopReplica | Stage | Evict):
-                verb, model_id = _VERBS[type(command)], command.model.model_id
-                self.kept.append(Decided(at, verb, model_id, command.node_id, command.reason))
+                self._add(_VERBS[type(command)], at, command)
+
+    def _add(self, verb: str, at: float, command: NodeCommand) -> None:
+        if self._num_seen[verb] % self._stride[verb] == 0:
+            kept = self._kept[verb]
+            if len(kept) >= self._num_kept:
+                del kept[1::2]
+                self._stride[verb] *= 2
+            if self._num_seen[verb] % self._stride[verb] == 0:
+                model_id = command.model.model_id
+                kept.append(Decided(at, verb, model_id, command.node_id, command.reason))
+        self._num_seen[verb] += 1
+
+    @property
+    def kept(self) -> tuple[Decided, ...]:
+        """In order of time."""
+        return tuple(sorted(itertools.chain(*self._kept.values()), key=lambda each: each.at))
 
 
 def simulate(
@@ -70,7 +96,7 @@ def simulate(
     policy: str = "",
     forecasts: Iterable[tuple[float, Event]] = (),
     after_s: float = 0.0,
-    keep_decisions: int = 2000,
+    keep_decisions: int = 100,
     keep_phases: bool = True,
     progress: Progress | None = None,
 ) -> Results:
@@ -79,6 +105,7 @@ def simulate(
     Args:
         policy: what the results call it.
         forecasts: ForecastReady events and their times, in order; see forecasts.py.
+        keep_decisions: at most so many of each verb, spread over the run.
         after_s: how long to go on after the last slot of the workload.
         progress: told virtual seconds done and in all, now and then.
 
@@ -114,8 +141,8 @@ def simulate(
         requests=records.requests(),
         spent=ledger.spent(models),
         timeline=ledger.timeline(),
-        decisions=tuple(decisions.kept),
-        num_commands={kind.__name__: n for kind, n in simulation.num_commands.items()},
+        decisions=decisions.kept,
+        num_commands={verb: simulation.num_commands[kind] for kind, verb in _VERBS.items()},
         num_events=simulation.num_events,
         wall_s=time.perf_counter() - began,
     )

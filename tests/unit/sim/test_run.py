@@ -6,11 +6,13 @@ import pytest
 from flashserve.config import PolicySettings
 from flashserve.control.controller import Controller
 from flashserve.forecast import synthetic
+from flashserve.messages.commands import StartReplica, StopReplica
+from flashserve.messages.events import Tick
 from flashserve.sim.profiles import H100_NODE, THIS, Profile
 from flashserve.sim.results import Results
-from flashserve.sim.run import Cluster, simulate
+from flashserve.sim.run import Cluster, _Decisions, simulate
 from flashserve.sim.workload import Workload, WorkloadSettings, make_workload
-from flashserve.types import Tier
+from flashserve.types import ModelId, ModelSpec, NodeId, ReplicaId, Tier
 
 TRACE = synthetic.functions(30, 120, seed=2).trace
 
@@ -76,3 +78,14 @@ def test_remote_models_are_fetched_once_and_are_then_on_disk() -> None:
     used = np.unique(done.requests.model)
     assert (done.spent.disk_gb_s[used] > 0).all()
     assert done.timeline.tiers[-1, Tier.REMOTE] == 25 - len(used)
+
+
+def test_kept_decisions_are_spread_over_the_run() -> None:
+    kept = _Decisions(num_kept=4)
+    model = ModelSpec(ModelId("m"), "sim://m", 1)
+    for at in range(1000):
+        stop = StopReplica(NodeId("n"), 1, ReplicaId(f"m#{at}"), model, f"because {at}")
+        kept(float(at), Tick(), [stop])
+    kept(1000.0, Tick(), [StartReplica(NodeId("n"), 1, ReplicaId("m#x"), model, "last")])
+    assert [each.at for each in kept.kept] == [0.0, 256.0, 512.0, 768.0, 1000.0]
+    assert kept.kept[-1].verb == "start"
