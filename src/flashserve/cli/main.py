@@ -23,6 +23,7 @@ from flashserve.cli.fsck import fsck
 from flashserve.cli.generate import run
 from flashserve.cli.models import delete, deploy, evict, ps, stage
 from flashserve.cli.serve import serve
+from flashserve.cli.simulate import simulate
 from flashserve.errors import FlashServeError
 
 EXAMPLES: dict[Callable[..., None], list[str]] = {
@@ -43,6 +44,10 @@ EXAMPLES: dict[Callable[..., None], list[str]] = {
     backtest: [
         "flashserve backtest --trace AzureLLMInferenceTrace_conv.csv",
         "flashserve backtest --trace day.parquet --models hazard,ewma-15 --html report.html",
+    ],
+    simulate: [
+        "flashserve simulate --html report.html",
+        "flashserve simulate --trace day.parquet --nodes 8 --policy keep-alive-10m,flashserve",
     ],
     calibrate: ["flashserve calibrate", "flashserve calibrate --source s3://bucket/model"],
     fsck: ["flashserve fsck", "flashserve fsck --data-dir /srv/flashserve --no-repair --json"],

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from flashserve.cli.main import app
+from flashserve.errors import InputError
+from flashserve.forecast import synthetic
+
+HEADING = "HashOwner,HashApp,HashFunction,Trigger," + ",".join(map(str, range(1, 1441)))
+
+
+def day_of_functions(path: Path) -> Path:
+    """A day as Azure publishes it."""
+    made = synthetic.functions(24, 1440, seed=5)
+    lines = [HEADING]
+    for number, row in enumerate(made.trace.history.counts.astype(int)):
+        lines.append(",".join(["o", "a", f"f{number}", "http", *map(str, row)]))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def invoke(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["simulate", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stdout
+
+
+SMALL = ("--models", "6", "--requests", "200", "--hours", "2")
+
+
+def test_a_trace_gives_figures_for_scripts_and_the_same_ones_again(tmp_path: Path) -> None:
+    trace = day_of_functions(tmp_path / "day.csv")
+    policies = ("--policy", "always-on,keep-alive-60s,flashserve,oracle")
+    shown = invoke("--trace", str(trace), *SMALL, *policies, "--json")
+    found = json.loads(shown)
+    rows = {row["policy"]: row for row in found["policies"]}
+    assert list(rows) == ["always-on", "keep-alive-60s", "flashserve", "oracle"]
+    requests = {row["answers"]["requests"] for row in rows.values()}
+    assert len(requests) == 1
+    assert rows["keep-alive-60s"]["costs"]["idle_h"] < rows["always-on"]["costs"]["idle_h"]
+    assert (
+        rows["always-on"]["answers"]["cold_share"] < rows["keep-alive-60s"]["answers"]["cold_share"]
+    )
+    again = json.loads(invoke("--trace", str(trace), *SMALL, *policies, "--json"))
+    for each in (*found["policies"], *again["policies"]):
+        each.pop("wall_s")
+    assert again == found
+
+
+def test_without_a_trace_it_says_that_functions_are_made_up_and_writes_a_page(
+    tmp_path: Path,
+) -> None:
+    page = tmp_path / "<&>.html"
+    shown = invoke(*SMALL, "--policy", "keep-alive-60s,histogram", "--html", str(page))
+    assert "No trace was given" in shown
+    assert str(page) in shown
+    text = page.read_text()
+    assert text.count('<section class="policy"') == 2
+    assert "made up" in text
+
+
+def test_a_table_fits_80_columns() -> None:
+    lines = invoke(*SMALL, "--policy", "keep-alive-3600s").splitlines()
+    table = [line for line in lines if line.startswith(("policy ", "keep-alive-3600s "))]
+    assert len(table) == 2
+    assert max(map(len, table)) <= 80
+
+
+def test_a_forecaster_may_be_fitted_on_another_trace(tmp_path: Path) -> None:
+    trace = day_of_functions(tmp_path / "day.csv")
+    arguments = ("--policy", "flashserve", "--fit-trace", str(trace))
+    assert "fitted on day.csv" in invoke("--trace", str(trace), *SMALL, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--policy", "psychic"], "no policy is named 'psychic'; there are flashserve"),
+        (["--policy", "oracle,oracle"], "the policy oracle is named twice"),
+        (["--profile", "abacus"], "no profile abacus: name one of this, 8xh100"),
+        (["--html", "/nowhere/page.html"], "its directory does not exist"),
+        (["--trace", "{trace}"], "line 2: 5 fields instead of 1444"),
+        (["--hours", "25"], "--hours 25 is more than the 24 hours that there are"),
+        (["--hours", "nan"], "--hours nan is no positive number"),
+        (["--nodes", "100000"], "--nodes 100000 is more than 10000"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line(
+    tmp_path: Path, arguments: list[str], reason: str
+) -> None:
+    path = tmp_path / "day.csv"
+    path.write_text(f"{HEADING}\no,a,f,http,1\n")
+    arguments = [argument.format(trace=path) for argument in arguments]
+    with pytest.raises(InputError, match=reason):
+        CliRunner().invoke(app, ["simulate", *arguments], catch_exceptions=False)
