@@ -1,0 +1,307 @@
+"""Does the simulator say what the real server does? (`python benchmarks/policy.py --live`)
+
+Twenty copies of the real small model, whose bytes differ in a bit so that they share none, under a
+fixed keep-alive on a real `flashserve serve` with two workers and memory for seven of them; a day
+of twenty Azure functions in five minutes, a few hundred requests of 16 to 64 tokens that want 8.
+The same arrivals are then simulated, with a profile that was measured on the same server just
+before: bytes, build and wake of a start from disk and from DRAM, prefill and decode. What HTTP and
+tokens on their way take beside that, measured on a warm replica, is added to each simulated time.
+
+Clock: from a request's sending to its first token over HTTP on loopback, in this process. All files
+are in the page cache. A start is cold where its receipt (the simulator's record) says so. Values:
+difference between the shares of cold starts; medians and p95 of the times to the first token, the
+larger over the smaller.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import pathlib
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import httpx
+import msgspec
+import numpy as np
+
+import common
+import server as bench_server
+from flashserve.config import PolicySettings
+from flashserve.control.controller import Controller
+from flashserve.forecast import synthetic
+from flashserve.forecast.traces import DAY, Trace, read_trace
+from flashserve.policy.baselines import FixedKeepAlive
+from flashserve.sim.lengths import Lengths
+from flashserve.sim.profiles import THIS, Profile, Speeds, StepCosts
+from flashserve.sim.results import Results
+from flashserve.sim.run import Cluster, simulate
+from flashserve.sim.workload import Workload, WorkloadSettings, make_workload
+from forecast_traces import folders_of
+from server import Server, completion_body, deploy, stream_completion, wait_for_state
+
+SEED = 20261128
+NUM_MODELS = 20
+NUM_REQUESTS = 260
+REPLAY_S = 300.0
+KEEP_ALIVE_S = 3.0
+NUM_WORKERS = 2
+DRAM_BYTES = 2 << 30
+OUTPUT_TOKENS = 8
+PROBED = 6
+PROMPTS = (16, 64, 256)
+FILE = "azure2019_functions_1day.parquet"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Seen:
+    """One request as its client saw it."""
+
+    at: float
+    ttft_s: float
+    is_cold: bool
+    tier: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Probe:
+    """Medians in seconds, over HTTP: first tokens by how the model was found, and tokens after it.
+
+    warm_s: by prompt tokens; the others are of the shortest prompt. token_s: between tokens.
+    """
+
+    fresh_s: float
+    wake_s: float
+    disk_s: float
+    warm_s: dict[int, float]
+    token_s: float
+
+
+def copies(model_dir: pathlib.Path, root: pathlib.Path) -> list[pathlib.Path]:
+    """Checkpoints that differ in the last weight's low bits."""
+    made = []
+    for number in range(NUM_MODELS):
+        made.append(root / f"model-{number:02}")
+        shutil.copytree(model_dir, made[-1])
+        for path in made[-1].glob("*.safetensors"):
+            with path.open("r+b") as file:
+                file.seek(-2, 2)
+                (low,) = file.read(1)
+                file.seek(-2, 2)
+                file.write(bytes([low ^ number]))
+    return made
+
+
+@contextlib.contextmanager
+def running(model_dir: pathlib.Path) -> Iterator[Server]:
+    with tempfile.TemporaryDirectory(prefix="fs-bench-") as temporary:
+        directories = copies(model_dir, pathlib.Path(temporary))
+        with bench_server.running_server(
+            NODE__NUM_WORKERS=str(NUM_WORKERS),
+            NODE__DRAM_BYTES=str(DRAM_BYTES),
+            NODE__ADAPTER_BYTES="0",
+            STORE__SCRUB_BYTES_PER_S="0",
+        ) as server:
+            for number, directory in enumerate(directories):
+                deploy(server, name_of(number), directory, keep_alive_s=KEEP_ALIVE_S)
+            yield server
+
+
+def name_of(number: int) -> str:
+    return f"m{number:05d}"
+
+
+def probe(server: Server) -> Probe:
+    """What starts and steps take on this server now."""
+    rng = random.Random(SEED)
+    fresh, wake, disk = [], [], []
+    for number in range(PROBED + 1):
+        name = name_of(number)
+        _order(server, name, "stage", "dram")
+        for into in (fresh, wake):
+            wait_for_state(server, name, "cold", "dram")
+            into.append(_ask(server, name, rng))
+        wait_for_state(server, name, "cold", "dram")
+        _order(server, name, "evict", "dram")
+        wait_for_state(server, name, "cold", "disk")
+        disk.append(_ask(server, name, rng))
+    warm, tokens = {}, []
+    for prompt in PROMPTS:
+        times = []
+        for _ in range(12):
+            began = time.monotonic()
+            times.append(_ask(server, name_of(PROBED), rng, prompt, OUTPUT_TOKENS))
+            tokens.append((time.monotonic() - began - times[-1]) / (OUTPUT_TOKENS - 1))
+        warm[prompt] = common.median(times[2:])
+    # The first model's starts are the first of everything: not counted.
+    return Probe(
+        *(common.median(times[1:]) for times in (fresh, wake, disk)), warm, common.median(tokens)
+    )
+
+
+def _order(server: Server, name: str, verb: str, tier: str) -> None:
+    path = f"/admin/v1/models/{name}/{verb}"
+    server.admin.post(path, json={"tier": tier}).raise_for_status()
+
+
+def _ask(
+    server: Server, name: str, rng: random.Random, prompt: int = PROMPTS[0], max_tokens: int = 2
+) -> float:
+    ids = [rng.randrange(1000, 20000) for _ in range(prompt)]
+    return stream_completion(server, name, ids, max_tokens)[0]
+
+
+def profile_of(found: Probe, size_bytes: int) -> tuple[Profile, float]:
+    """The node as probed, and what HTTP adds to each first token."""
+    low, high = PROMPTS[0], PROMPTS[-1]
+    token_s = max((found.warm_s[high] - found.warm_s[low]) / (high - low), 1e-6)
+    step_s = max(found.token_s - THIS.costs.decode_s, 1e-3)
+    beside_s = max(found.warm_s[low] - step_s - low * token_s, 0.0)
+    wake_s = max(found.wake_s - found.warm_s[low], 1e-4)
+    fresh_s = max(found.fresh_s - found.warm_s[low], wake_s)
+    disk_s = max(found.disk_s - found.wake_s, 1e-3)
+    # Binding to bytes in shared memory moves none: all of a start from DRAM is build or wake.
+    speeds = Speeds(
+        disk_bytes_per_s=size_bytes / disk_s,
+        dram_bytes_per_s=size_bytes / 1e-4,
+        init_s=fresh_s,
+        wake_s=wake_s,
+        stop_s=THIS.speeds.stop_s,
+        worker_start_s=THIS.speeds.worker_start_s,
+        executes_while_loading=False,
+    )
+    costs = StepCosts(size_bytes, 0.0, step_s, token_s, THIS.costs.decode_s)
+    made = dataclasses.replace(
+        THIS,
+        name="measured",
+        num_workers=NUM_WORKERS,
+        dram_bytes=DRAM_BYTES,
+        speeds=speeds,
+        costs=costs,
+    )
+    return made, beside_s
+
+
+def workload_of(trace: Trace, size_bytes: int) -> Workload:
+    rng = np.random.default_rng(SEED)
+    prompts = rng.integers(PROMPTS[0], PROMPTS[1] + 1, 1000)
+    lengths = Lengths("short", prompts, np.full(1000, OUTPUT_TOKENS))
+    minutes = trace.history.counts.shape[1]
+    settings = WorkloadSettings(
+        num_models=NUM_MODELS,
+        num_requests=NUM_REQUESTS,
+        model_bytes=(size_bytes,),
+        compression=minutes * 60 / REPLAY_S,
+        seed=SEED,
+    )
+    made = make_workload(trace, settings, [lengths])
+    models = tuple(dataclasses.replace(model, keep_alive_s=KEEP_ALIVE_S) for model in made.models)
+    return dataclasses.replace(made, models=models)
+
+
+async def replay(base_url: str, workload: Workload) -> list[Seen]:
+    """Sends each request at its time, whatever became of those before it."""
+    rng = random.Random(SEED)
+    async with httpx.AsyncClient(
+        base_url=base_url, timeout=300, limits=httpx.Limits(max_connections=None)
+    ) as client:
+        began = time.monotonic()
+        tasks = []
+        for at, event, job in workload.arrivals():
+            ids = [rng.randrange(1000, 20000) for _ in range(job.prompt_tokens)]
+            await asyncio.sleep(max(began + at - time.monotonic(), 0.0))
+            tasks.append(asyncio.create_task(_send(client, at, str(event.model_id), ids)))
+        return await asyncio.gather(*tasks)
+
+
+async def _send(client: httpx.AsyncClient, at: float, model: str, ids: list[int]) -> Seen:
+    body = completion_body(model, ids, OUTPUT_TOKENS)
+    sent_at = time.monotonic()
+    ttft_s = None
+    receipt: dict[str, Any] = {}
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        if response.status_code != 200:
+            raise SystemExit(f"{response.status_code}: {(await response.aread()).decode()}")
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                ttft_s = ttft_s or time.monotonic() - sent_at
+                receipt = msgspec.json.decode(line[6:]).get("flashserve") or receipt
+    assert ttft_s is not None, "no token came"
+    return Seen(at, ttft_s, bool(receipt["cold"]), receipt["tier"])
+
+
+def simulated(workload: Workload, profile: Profile) -> Results:
+    controller = Controller(PolicySettings(), profile.rates, FixedKeepAlive())
+    cluster = Cluster(profile)
+    return simulate(controller, workload, cluster, policy="keep-alive", after_s=60.0)
+
+
+def row(name: str, cold: Sequence[bool], ttft_s: Sequence[float]) -> dict[str, Any]:
+    return {
+        "run": name,
+        "requests": len(ttft_s),
+        "cold_share": sum(cold) / len(cold),
+        **{f"ttft_p{p}_s": common.percentile(ttft_s, p) for p in (50, 95, 99)},
+        "mean_s": sum(ttft_s) / len(ttft_s),
+    }
+
+
+def main(args: argparse.Namespace) -> None:
+    folder = folders_of(args).future
+    trace = (
+        synthetic.functions(600, DAY, SEED).trace
+        if folder is None
+        else read_trace(folder / FILE, SEED)
+    )
+    with common.demo_model() as model_dir, running(model_dir) as server:
+        size_bytes = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
+        workload = workload_of(trace, size_bytes)
+        print("probing the server", file=sys.stderr, flush=True)
+        found = probe(server)
+        for number in range(PROBED + 1):  # both begin with nothing in DRAM
+            wait_for_state(server, name_of(number), "cold", "dram")
+            _order(server, name_of(number), "evict", "dram")
+        print(f"{found}\nreplaying {workload.num_requests} requests", file=sys.stderr, flush=True)
+        seen = asyncio.run(replay(str(server.http.base_url), workload))
+    profile, beside_s = profile_of(found, size_bytes)
+    results = simulated(workload, profile)
+    requests = results.requests
+    live = row("live", [each.is_cold for each in seen], [each.ttft_s for each in seen])
+    answered = ~np.isnan(requests.ttft_s)
+    times = (requests.ttft_s[answered] + beside_s).tolist()
+    model = row("simulated", requests.is_cold.tolist(), times)
+
+    def apart(key: str) -> float:
+        return max(live[key] / model[key], model[key] / live[key])
+
+    difference = abs(live["cold_share"] - model["cold_share"])
+    notes = (
+        f"{__doc__}\nmeasured before: {found}; beside the engine {beside_s * 1000:.1f} ms; "
+        f"{profile.speeds}; {profile.costs}"
+    )
+    common.write_report(
+        "policy-live",
+        seed=SEED,
+        rows=[live, model],
+        ratios={},
+        values={
+            "live_cold_share_difference": common.value(
+                difference, "fraction", better="lower", aim=0.02
+            ),
+            "live_ttft_median_ratio": common.value(
+                apart("ttft_p50_s"), "ratio", better="lower", aim=1.2
+            ),
+            "live_ttft_p95_ratio": common.value(
+                apart("ttft_p95_s"), "ratio", better="lower", aim=1.2
+            ),
+        },
+        notes=notes,
+        json_file=args.json,
+    )

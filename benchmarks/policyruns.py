@@ -1,0 +1,236 @@
+"""Simulated runs for benchmarks/policy.py: cases, variants, and what each model came to in each."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from flashserve.config import PolicySettings
+from flashserve.forecast import backtest, registry, synthetic
+from flashserve.forecast.core import ArrivalModel, Floats
+from flashserve.forecast.traces import DAY, Trace, read_trace
+from flashserve.policy.cost import Prices
+from flashserve.sim import trial
+from flashserve.sim.forecasts import forecast_events
+from flashserve.sim.lengths import lengths_in
+from flashserve.sim.profiles import H100_NODE, Profile
+from flashserve.sim.results import Results
+from flashserve.sim.run import Cluster
+from flashserve.sim.workload import Arrival, Workload, WorkloadSettings, make_workload
+
+TRACES = ("azure2019_functions_1day.parquet", "azure2019_sample500_8h.parquet")
+PRICES = Prices()
+_EDGES = np.geomspace(1e-3, 1e4, 1200)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Case:
+    """num_requests: busy models are thinned to about so many in all."""
+
+    name: str
+    num_nodes: int
+    num_models: int
+    num_requests: int
+    adapters_per_model: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sources:
+    """Folders to fit and to report on, None where there are none; and who forecasts."""
+
+    fit: pathlib.Path | None
+    test: pathlib.Path | None
+    forecaster: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Task:
+    """One run. price: factor on the price of waiting that the policy is told.
+
+    ablation: what the run goes without; see ABLATIONS. on_fit: replays the fit half.
+    """
+
+    case: Case
+    seed: int
+    policy: str
+    price: float = 1.0
+    ablation: str = ""
+    on_fit: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """[models] each; ttft: [models, len(_EDGES) + 1], requests by time to the first token.
+
+    idle_s: of workers held without a request, idle or loading; cost: of all that was held.
+    """
+
+    requests: Floats
+    cold: Floats
+    under_1s: Floats
+    idle_s: Floats
+    busy_s: Floats
+    cost: Floats
+    ttft: npt.NDArray[np.float32]
+
+    def cold_share(self, weights: Floats) -> float:
+        return float(self.cold @ weights) / max(float(self.requests @ weights), 1.0)
+
+    def share_under_1s(self, weights: Floats) -> float:
+        return float(self.under_1s @ weights) / max(float(self.requests @ weights), 1.0)
+
+    def percentile(self, percent: float, weights: Floats) -> float:
+        """Seconds that so many percent of the requests do not exceed, within 2 %."""
+        counts = weights @ self.ttft
+        reached = np.cumsum(counts) >= counts.sum() * percent / 100 - 1e-9
+        return float(_EDGES[min(int(np.argmax(reached)), len(_EDGES) - 1)])
+
+
+def pooled(outcomes: list[Outcome]) -> Outcome:
+    """The models of several seeds as one set."""
+    return Outcome(
+        *(
+            np.concatenate([getattr(outcome, field.name) for outcome in outcomes])
+            for field in dataclasses.fields(Outcome)
+        )
+    )
+
+
+def summed_up(results: Results) -> Outcome:
+    requests, spent, num = results.requests, results.spent, len(results.models)
+    times = np.where(requests.is_rejected, np.inf, requests.ttft_s)
+    counted = ~np.isnan(times)
+    model, times = requests.model[counted], times[counted]
+    ttft = np.zeros((num, len(_EDGES) + 1), np.float32)
+    np.add.at(ttft, (model, np.searchsorted(_EDGES, times)), 1.0)
+    count = functools.partial(np.bincount, minlength=num)
+    held_s = spent.idle_s + spent.loading_s
+    return Outcome(
+        count(model).astype(float),
+        count(model, weights=requests.is_cold[counted]),
+        count(model, weights=times < 1.0),
+        held_s,
+        spent.busy_s,
+        (held_s + spent.busy_s) * PRICES.gpu_per_s
+        + spent.dram_gb_s * PRICES.dram_gb_per_s
+        + spent.disk_gb_s * PRICES.disk_gb_per_s,
+        ttft,
+    )
+
+
+def run(sources: Sources, task: Task) -> Outcome:
+    """In whatever process; what several runs need is made once in each."""
+    workload = _workload(sources, task.case, task.seed, task.on_fit)
+    settings, profile, is_forecast = PolicySettings(), H100_NODE, None
+    if task.ablation == "forecast":
+        is_forecast = False
+    elif task.ablation == "grouping":
+        settings = PolicySettings(slot_patience_s=0.0)
+    elif task.ablation == "tiers":
+        profile = without_dram_tier(profile)
+    elif task.ablation == "affinity":
+        workload = _Blind(workload)
+    model = _fitted(sources, task.seed)
+    tried = trial.Trial(
+        workload,
+        Cluster(profile, task.case.num_nodes),
+        PRICES,
+        settings,
+        lambda: forecast_events(model, workload),
+    )
+    told = dataclasses.replace(
+        PRICES,
+        wait_per_s=PRICES.wait_per_s * task.price,
+        slo_miss=PRICES.slo_miss * task.price,
+    )
+    results = tried.run(
+        task.policy,
+        is_forecast=is_forecast,
+        told_prices=told,
+        keep_decisions=0,
+        keep_phases=False,
+    )
+    return summed_up(results)
+
+
+def without_dram_tier(profile: Profile) -> Profile:
+    """Every start moves its bytes from disk to the device, through the disk's one path."""
+    speeds = profile.speeds
+    both = 1 / (1 / speeds.disk_bytes_per_s + 1 / speeds.dram_bytes_per_s)
+    changed = dataclasses.replace(
+        speeds,
+        disk_bytes_per_s=1e15,
+        dram_bytes_per_s=both,
+        dram_total_bytes_per_s=speeds.disk_bytes_per_s,
+    )
+    return dataclasses.replace(profile, speeds=changed)
+
+
+class _Blind(Workload):
+    """The controller is not told which adapter a request asks for; engines load them all the same.
+
+    A Workload in all else.
+    """
+
+    def __init__(self, workload: Workload) -> None:
+        for field in dataclasses.fields(Workload):
+            object.__setattr__(self, field.name, getattr(workload, field.name))
+
+    def arrivals(self) -> Iterator[Arrival]:
+        for at, event, job in Workload.arrivals(self):
+            yield at, dataclasses.replace(event, adapter=""), job
+
+
+@functools.lru_cache(maxsize=4)
+def _traces(sources: Sources, seed: int) -> tuple[Trace, Trace]:
+    """To fit on, and to report on: other series of one trace, or the traces of two folders."""
+    if sources.fit is None or sources.test is None:
+        return tuple(synthetic.functions(600, DAY, seed + at).trace for at in (1000, 0))
+    if sources.fit != sources.test:
+        return _read(sources.fit, seed), _read(sources.test, seed)
+    parts = backtest.split(_read(sources.fit, seed), halves=True)
+    start = parts.past.history.start
+    return parts.past.before(start + parts.tune_until), parts.future
+
+
+def _read(folder: pathlib.Path, seed: int) -> Trace:
+    for name in TRACES:
+        if (folder / name).is_file():
+            return read_trace(folder / name, seed)
+    raise SystemExit(f"{folder} has none of {', '.join(TRACES)}")
+
+
+@functools.lru_cache(maxsize=2)
+def _fitted(sources: Sources, seed: int) -> ArrivalModel:
+    [model] = registry.make_models([sources.forecaster], seed)
+    past, _ = _traces(sources, seed)
+    below = backtest.below(past, 1.0)
+    model.fit(below.history, below.weights)
+    return model
+
+
+@functools.lru_cache(maxsize=4)
+def _workload(sources: Sources, case: Case, seed: int, on_fit: bool) -> Workload:
+    past, future = _traces(sources, seed)
+    settings = WorkloadSettings(
+        num_models=case.num_models,
+        num_requests=case.num_requests,
+        adapters_per_model=case.adapters_per_model,
+        seed=seed,
+    )
+    lengths = lengths_in(sources.fit if on_fit else sources.test)
+    return make_workload(past if on_fit else future, settings, lengths)
+
+
+def interval(figure: Callable[[Floats], float], num: int, resamples: int) -> tuple[float, ...]:
+    """The figure, and the bounds of its bootstrap 95 % interval over `num` models."""
+    rng = np.random.default_rng(0)
+    draws = rng.multinomial(num, np.full(num, 1 / num), resamples).astype(float)
+    figures = np.array([figure(draw) for draw in draws])
+    low, high = np.quantile(figures, [0.025, 0.975], method="inverted_cdf")
+    return figure(np.ones(num)), float(low), float(high)
