@@ -226,6 +226,25 @@ class ForecastSettings(_Section):
     """Days (UTC) before today of which the arrivals of each minute are kept."""
 
 
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""Of money, in whatever currency all prices are."""
+
+
+class PriceSettings(_Section):
+    """What things cost; docs/reference/configuration.md names the sources of the defaults."""
+
+    gpu_per_hour: float = Field(3.0, gt=0, allow_inf_nan=False)
+    """Of one worker's accelerator, or of its cores on a machine without one."""
+    dram_gb_per_hour: Amount = 0.004445
+    """Of 10^9 bytes of host memory."""
+    disk_gb_per_hour: Amount = 0.000111
+    wait_per_s: Amount = 0.005
+    """Of a second that a request waits for a start."""
+    slo_miss: Amount = 0.02
+    """Of a first token that a start made later than slo_s, on top of the wait."""
+    slo_s: float = Field(1.0, gt=0, allow_inf_nan=False)
+
+
 class Settings(pydantic_settings.BaseSettings):
     """The whole configuration; see the module's docstring for where it is read from."""
 
@@ -249,6 +268,7 @@ class Settings(pydantic_settings.BaseSettings):
     def prefetch_budget_bytes(self) -> int:
         given = self.forecast.prefetch_bytes
         return self.node.adapter_quota_bytes // 2 if given is None else given
+    price: PriceSettings = PriceSettings()
 
     @property
     def socket_path(self) -> pathlib.Path:

@@ -12,7 +12,8 @@ from flashserve.live.catalogue import DeployedModel
 from flashserve.live.requests import AdapterStatus
 from flashserve.live.status import ask
 from flashserve.node.client import AdapterResidence, Node
-from flashserve.policy.multiplexing import AdapterLoad, Machine, Prices, advise
+from flashserve.policy.cost import Prices
+from flashserve.policy.multiplexing import AdapterLoad, Machine, advise, in_workers
 from flashserve.types import AdapterId, Tier
 
 _BYTES_PER_S = 10e9
@@ -50,7 +51,8 @@ def adapter_status(
         batch=settings.engine.max_batch_sequences,
         keep_alive_s=settings.policy.keep_alive_s if keep_alive_s is None else keep_alive_s,
     )
-    advice = advise(_load(adapter, adapters, use, now), machine, Prices())
+    prices = in_workers(Prices.of(settings.price))
+    advice = advise(_load(adapter, adapters, use, now), machine, prices)
     return AdapterStatus(
         name=adapter.name,
         base=spec.base,

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from typing import Self
 
+from flashserve.config import PriceSettings
 from flashserve.types import Phases, Tier
 
 EXTENT_BYTES = 2 << 20
 """A model takes whole extents of a node's DRAM."""
 
+_HOUR_S = 3600.0
+_CLOUD = PriceSettings()
 _WEIGHT = 0.3
 _MAX_STEP = 8.0
 
@@ -42,12 +46,23 @@ class Prices:
     request waits for a start; slo_miss: of a first token that comes later than slo_s.
     """
 
-    gpu_per_s: float = 3.0 / 3600
-    dram_gb_per_s: float = 0.003 / 3600
-    disk_gb_per_s: float = 0.0001 / 3600
-    wait_per_s: float = 0.005
-    slo_miss: float = 0.02
-    slo_s: float = 1.0
+    gpu_per_s: float = _CLOUD.gpu_per_hour / _HOUR_S
+    dram_gb_per_s: float = _CLOUD.dram_gb_per_hour / _HOUR_S
+    disk_gb_per_s: float = _CLOUD.disk_gb_per_hour / _HOUR_S
+    wait_per_s: float = _CLOUD.wait_per_s
+    slo_miss: float = _CLOUD.slo_miss
+    slo_s: float = _CLOUD.slo_s
+
+    @classmethod
+    def of(cls, price: PriceSettings) -> Self:
+        return cls(
+            gpu_per_s=price.gpu_per_hour / _HOUR_S,
+            dram_gb_per_s=price.dram_gb_per_hour / _HOUR_S,
+            disk_gb_per_s=price.disk_gb_per_hour / _HOUR_S,
+            wait_per_s=price.wait_per_s,
+            slo_miss=price.slo_miss,
+            slo_s=price.slo_s,
+        )
 
     def cold_start(self, startup_s: float, prefill_s: float = 0.0) -> float:
         """What one request's wait for a start costs; its prefill may be what misses the SLO."""

@@ -14,6 +14,8 @@ import dataclasses
 import enum
 import math
 
+from flashserve.policy.cost import Prices
+
 MIN_OBSERVED_S = 600.0
 """With less history an adapter stays where it is."""
 _GIB = 1 << 30
@@ -32,14 +34,14 @@ class Choice(enum.StrEnum):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Prices:
-    """What things cost, in workers: 1 is a worker's price.
+class WorkerPrices:
+    """What things cost, in workers: 1 is a worker's price. dram_per_gib: of a GiB of DRAM."""
 
-    dram_per_gib: of a GiB of host memory; the default is what clouds ask for memory beside one
-    small accelerator, to be replaced by one's own.
-    """
+    dram_per_gib: float
 
-    dram_per_gib: float = 0.005
+
+def in_workers(prices: Prices) -> WorkerPrices:
+    return WorkerPrices(prices.dram_gb_per_s * (_GIB / 1e9) / prices.gpu_per_s)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,7 +90,7 @@ def workers(requests_per_s: float, tokens_per_s: float, machine: Machine) -> flo
     return max(held, tokens_per_s / machine.worker_tokens_per_s)
 
 
-def advise(load: AdapterLoad, machine: Machine, prices: Prices) -> Advice:
+def advise(load: AdapterLoad, machine: Machine, prices: WorkerPrices) -> Advice:
     """What would be cheapest for the traffic seen so far."""
     step_s = machine.adapter_bytes / machine.bytes_per_s
     multiplexed = load.tokens_per_s * step_s

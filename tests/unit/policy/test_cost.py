@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashserve.config import PriceSettings
 from flashserve.policy.cost import (
     EXTENT_BYTES,
     Costs,
+    Prices,
     average,
     extent_bytes,
     predict_start,
@@ -85,3 +87,17 @@ def test_an_average_stays_within_its_bounds_and_recovers(junk: list[float], trut
     for _ in range(80):
         value = average(value, truth, 0.01, 100.0)
     assert value == pytest.approx(truth, rel=0.01)
+
+
+def test_prices_per_hour_become_prices_per_second() -> None:
+    price = PriceSettings(gpu_per_hour=7200.0, dram_gb_per_hour=36.0, disk_gb_per_hour=3.6)
+    prices = Prices.of(price)
+    assert (prices.gpu_per_s, prices.dram_gb_per_s, prices.disk_gb_per_s) == (2.0, 0.01, 0.001)
+    assert prices.wait_per_s == price.wait_per_s
+    assert Prices() == Prices.of(PriceSettings())
+
+
+def test_a_cold_start_costs_its_wait_and_a_miss_once_it_is_too_late() -> None:
+    prices = Prices(wait_per_s=0.01, slo_miss=5.0, slo_s=1.0)
+    assert prices.cold_start(1.0) == 0.01
+    assert prices.cold_start(2.0) == 5.02

@@ -1,15 +1,18 @@
 import dataclasses
 
 import hypothesis
+import pytest
 from hypothesis import strategies as st
 
+from flashserve.policy.cost import Prices
 from flashserve.policy.multiplexing import (
     MIN_OBSERVED_S,
     AdapterLoad,
     Choice,
     Machine,
-    Prices,
+    WorkerPrices,
     advise,
+    in_workers,
     workers,
 )
 
@@ -18,7 +21,7 @@ MACHINE = Machine(
 )
 QUIET = AdapterLoad(3600.0, 0.001, 0.1, 0.01, 1.0)
 BUSY = AdapterLoad(3600.0, 20.0, 4000.0, 20.0, 4000.0)
-PRICES = Prices()
+PRICES = WorkerPrices(dram_per_gib=0.005)
 
 
 def test_a_rare_adapter_stays_on_the_shared_replica():
@@ -52,7 +55,7 @@ def test_the_reason_gives_the_numbers_that_were_compared():
 
 
 def test_dear_memory_keeps_an_adapter_where_it_is():
-    assert advise(BUSY, MACHINE, Prices(dram_per_gib=10.0)).choice is Choice.MULTIPLEX
+    assert advise(BUSY, MACHINE, WorkerPrices(dram_per_gib=10.0)).choice is Choice.MULTIPLEX
 
 
 rates = st.floats(0, 1e4)
@@ -72,3 +75,8 @@ def test_advice_other_than_multiplexing_saves_what_it_says(
     load = AdapterLoad(3600.0, requests, tokens, rest_requests, rest_tokens)
     advice = advise(load, MACHINE, PRICES)
     assert advice.choice is Choice.MULTIPLEX or advice.alone < advice.multiplexed
+
+
+def test_the_price_of_memory_in_workers_follows_the_prices() -> None:
+    prices = in_workers(Prices(gpu_per_s=2.0, dram_gb_per_s=1.0))
+    assert prices.dram_per_gib == pytest.approx(0.5 * 1.073741824)

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import pytest
+
+from flashserve.config import load_settings
+from flashserve.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def no_file(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("FLASHSERVE_DATA_DIR", str(tmp_path_factory.mktemp("data")))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("gpu_per_hour", "0"),
+        ("gpu_per_hour", "nan"),
+        ("dram_gb_per_hour", "-0.1"),
+        ("disk_gb_per_hour", "inf"),
+        ("wait_per_s", "-1"),
+        ("slo_miss", "nan"),
+        ("slo_s", "0"),
+    ],
+)
+def test_a_price_that_is_none_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, setting: str, value: str
+) -> None:
+    monkeypatch.setenv(f"FLASHSERVE_PRICE__{setting.upper()}", value)
+    with pytest.raises(InputError, match=rf"^setting price\.{setting}: "):
+        load_settings()
+
+
+def test_prices_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHSERVE_PRICE__GPU_PER_HOUR", "1.5")
+    assert load_settings().price.gpu_per_hour == 1.5
