@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pathlib
 import re
+import zoneinfo
 from typing import Annotated, Literal
 
 import pydantic
@@ -226,6 +227,31 @@ class ForecastSettings(_Section):
     """Days (UTC) before today of which the arrivals of each minute are kept."""
 
 
+LOCAL_TIME = "local"
+"""The time zone that the machine is set to."""
+
+
+def check_timezone(name: str) -> str:
+    if name != LOCAL_TIME:
+        try:
+            zoneinfo.ZoneInfo(name)
+        except (OSError, ValueError, zoneinfo.ZoneInfoNotFoundError):
+            raise ValueError(
+                f"no time zone named {name!r} is known here; use local, UTC or a name such as "
+                "Europe/Berlin (where the system has none, `pip install tzdata`)"
+            ) from None
+    return name
+
+
+class ScalingSettings(_Section):
+    """What holds for models that were deployed without bounds of their own."""
+
+    target: PositiveInt | None = None
+    """Requests at once that one replica is meant to serve; None is as many as it can."""
+    timezone: Annotated[str, pydantic.AfterValidator(check_timezone)] = LOCAL_TIME
+    """Of the schedules."""
+
+
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 """Of money, in whatever currency all prices are."""
 
@@ -263,12 +289,13 @@ class Settings(pydantic_settings.BaseSettings):
     engine: EngineSettings = EngineSettings()
     policy: PolicySettings = PolicySettings()
     forecast: ForecastSettings = ForecastSettings()
+    scaling: ScalingSettings = ScalingSettings()
+    price: PriceSettings = PriceSettings()
 
     @property
     def prefetch_budget_bytes(self) -> int:
         given = self.forecast.prefetch_bytes
         return self.node.adapter_quota_bytes // 2 if given is None else given
-    price: PriceSettings = PriceSettings()
 
     @property
     def socket_path(self) -> pathlib.Path:

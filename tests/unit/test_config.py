@@ -31,6 +31,13 @@ def test_a_price_that_is_none_is_refused_by_name(
         load_settings()
 
 
+def test_an_unknown_time_zone_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("Mars/Olympus", "../etc/passwd", ""):
+        monkeypatch.setenv("FLASHSERVE_SCALING__TIMEZONE", name)
+        with pytest.raises(InputError, match=r"^setting scaling\.timezone: .*Europe/Berlin"):
+            load_settings()
+
+
 def test_prices_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHSERVE_PRICE__GPU_PER_HOUR", "1.5")
     assert load_settings().price.gpu_per_hour == 1.5

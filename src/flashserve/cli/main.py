@@ -31,6 +31,7 @@ EXAMPLES: dict[Callable[..., None], list[str]] = {
     deploy: [
         "flashserve deploy smollm2 demo:smollm2",
         "flashserve deploy team/qwen ~/models/qwen3-8b --keep-alive 60",
+        "flashserve deploy chat ~/models/chat --schedule 'mon-fri 08:00-18:00 min=1'",
     ],
     ps: ["flashserve ps", "flashserve ps --json"],
     run: [

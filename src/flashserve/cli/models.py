@@ -54,6 +54,30 @@ def deploy(
             show_default=False,
         ),
     ] = None,
+    min_replicas: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Replicas that are kept ready whatever comes.", show_default=False
+        ),
+    ] = None,
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="Replicas at most; else the server's.", show_default=False),
+    ] = None,
+    target: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Requests at once that one replica is meant to serve.", show_default=False
+        ),
+    ] = None,
+    schedule: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LINE",
+            help="Bounds for some hours, such as 'mon-fri 08:00-18:00 min=1'; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Take the name over from a model that has it.")
     ] = False,
@@ -64,9 +88,15 @@ def deploy(
 
     The checkpoint is checked at once and loaded at the first request.
     """
+    given = {
+        "keep_alive_s": keep_alive,
+        "min_replicas": min_replicas,
+        "max_replicas": max_replicas,
+        "target": target,
+        "schedule": schedule or None,
+    }
     options: dict[str, Any] = {"replace": replace}
-    if keep_alive is not None:
-        options["keep_alive_s"] = keep_alive
+    options |= {name: value for name, value in given.items() if value is not None}
     with connect(url) as client, console.waiting(f"deploying {name} from {source}"):
         model = client.deploy(name, absolute_source(source), options)
     _print_model(model, as_json=as_json)

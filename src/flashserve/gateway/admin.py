@@ -15,6 +15,7 @@ from flashserve.gateway.schema import DeployRequest, TierRequest
 from flashserve.gateway.schemadoc import json_body
 from flashserve.gateway.state import state_of
 from flashserve.gateway.tiers import tiers_body
+from flashserve.policy.schedules import Bounds
 from flashserve.telemetry import forget_model
 from flashserve.types import Tier
 
@@ -36,6 +37,7 @@ async def deploy_model(request: Request) -> Response:
         order.name,
         order.source,
         keep_alive_s=order.keep_alive_s,
+        bounds=Bounds(order.min_replicas, order.max_replicas, order.target, tuple(order.schedule)),
         trusted=context_of(request.scope).is_trusted,
         replace=order.replace,
     )

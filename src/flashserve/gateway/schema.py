@@ -231,6 +231,13 @@ class DeployRequest(_Order):
     name: str = Field(pattern=rf"^{MODEL_NAME.pattern}$")
     source: str = Field(min_length=1, max_length=4096)
     keep_alive_s: float | None = Field(None, ge=0)
+    min_replicas: int | None = Field(None, ge=0)
+    """Kept ready whatever comes."""
+    max_replicas: int | None = Field(None, ge=1)
+    target: int | None = Field(None, ge=1)
+    """Requests at once that one replica is meant to serve."""
+    schedule: list[Annotated[str, Field(max_length=200)]] = Field([], max_length=64)
+    """Lines such as "mon-fri 08:00-18:00 min=1", in the server's time zone."""
     replace: bool = False
     """Take the name from a model that has it."""
 

@@ -17,8 +17,9 @@ from collections.abc import Awaitable, Callable
 from flashserve.config import DeploySettings
 from flashserve.errors import ConflictError, ModelNotFoundError
 from flashserve.live.adapterrows import RegisteredAdapter
-from flashserve.live.catalogue import Catalogue, DeployedModel
+from flashserve.live.catalogue import Catalogue
 from flashserve.live.deployments import Deployments, absolute
+from flashserve.live.modelrows import DeployedModel
 from flashserve.live.names import Names, check_name, suggestion
 from flashserve.live.runtime import Runtime
 from flashserve.node.client import Node

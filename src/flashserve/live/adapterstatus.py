@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from flashserve.config import Settings
 from flashserve.live.adapterrows import RegisteredAdapter
 from flashserve.live.adapters import Adapters, Use
-from flashserve.live.catalogue import DeployedModel
+from flashserve.live.modelrows import DeployedModel
 from flashserve.live.requests import AdapterStatus
 from flashserve.live.status import ask
 from flashserve.node.client import AdapterResidence, Node

@@ -10,20 +10,20 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import dataclasses
 import functools
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from flashserve.errors import CatalogueError
 from flashserve.forecast.arrivals import ArrivalCount, series_of
-from flashserve.live import adapterrows, arrivalrows
+from flashserve.live import adapterrows, arrivalrows, modelrows
 from flashserve.live.adapterrows import RegisteredAdapter
 from flashserve.live.arrivalrows import ArrivalArrays, ArrivalRows
-from flashserve.types import ModelId, ModelSpec, Tier
+from flashserve.live.modelrows import DeployedModel
+from flashserve.types import ModelId
 
 FILE_NAME = "catalogue.sqlite"
 
@@ -52,6 +52,7 @@ _MIGRATIONS = (
     """,
     adapterrows.SCHEMA,
     arrivalrows.SCHEMA,
+    modelrows.BOUNDS_SCHEMA,
 )
 """Entry v takes a file from schema version v to v + 1; released entries never change."""
 _CONVERSIONS = {2: arrivalrows.convert}
@@ -59,19 +60,6 @@ _CONVERSIONS = {2: arrivalrows.convert}
 _SERIES_AT_ONCE = 256
 
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class DeployedModel:
-    """A model as it was deployed. `directory` holds its files, tokenizer included."""
-
-    spec: ModelSpec
-    identity: str
-    """Of the source's content, as the store computes it; another one means other weights."""
-    directory: Path
-    kv_bytes_per_token: int
-    created_at: float
-    """Unix time."""
 
 
 class Catalogue:
@@ -107,7 +95,7 @@ class Catalogue:
 
         On return it outlives a killed process.
         """
-        await self._run(lambda: _write_model(self._db, model))
+        await self._run(lambda: modelrows.write_model(self._db, model))
 
     async def delete(self, model_id: ModelId) -> None:
         """Forget a model, with its arrivals and those of its adapters."""
@@ -245,58 +233,18 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
         connection.execute("COMMIT")
 
 
+def _read_models(connection: sqlite3.Connection) -> list[DeployedModel]:
+    try:
+        return modelrows.read_models(connection)
+    except ValueError as error:
+        raise _DamagedRowError(str(error)) from None
+
+
 def _read_adapters(connection: sqlite3.Connection) -> list[RegisteredAdapter]:
     try:
         return adapterrows.read_adapters(connection)
     except ValueError as error:
         raise _DamagedRowError(str(error)) from None
-
-
-def _read_models(connection: sqlite3.Connection) -> list[DeployedModel]:
-    rows = connection.execute(
-        "SELECT model_id, source, size_bytes, lowest_tier, keep_alive_s, architecture,"
-        " context_tokens, has_chat_template, identity, directory, kv_bytes_per_token, created_at"
-        " FROM models ORDER BY model_id"
-    )
-    return [_model_of(row) for row in rows]
-
-
-def _model_of(row: tuple[Any, ...]) -> DeployedModel:
-    name, source, size, tier, keep_alive_s, architecture, context, chat, *rest = row
-    identity, directory, kv_bytes_per_token, created_at = rest
-    try:
-        spec = ModelSpec(
-            model_id=ModelId(name),
-            source=source,
-            size_bytes=size,
-            lowest_tier=Tier(tier),
-            keep_alive_s=keep_alive_s,
-            architecture=architecture,
-            context_tokens=context,
-            has_chat_template=bool(chat),
-        )
-    except ValueError as error:
-        raise _DamagedRowError(f"model {name}: {error}") from None
-    return DeployedModel(spec, identity, Path(directory), kv_bytes_per_token, created_at)
-
-
-def _write_model(connection: sqlite3.Connection, model: DeployedModel) -> None:
-    spec = model.spec
-    row = (
-        spec.model_id,
-        spec.source,
-        spec.size_bytes,
-        int(spec.lowest_tier),
-        spec.keep_alive_s,
-        spec.architecture,
-        spec.context_tokens,
-        int(spec.has_chat_template),
-        model.identity,
-        str(model.directory),
-        model.kv_bytes_per_token,
-        model.created_at,
-    )
-    connection.execute("INSERT OR REPLACE INTO models VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", row)
 
 
 def _delete_model(connection: sqlite3.Connection, rows: ArrivalRows, model_id: ModelId) -> None:

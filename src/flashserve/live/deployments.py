@@ -14,12 +14,15 @@ import structlog
 
 from flashserve.config import DeploySettings
 from flashserve.errors import ConflictError, FlashServeError, InputError, ModelNotFoundError
-from flashserve.live.catalogue import Catalogue, DeployedModel
+from flashserve.live.bounds import BoundsClock
+from flashserve.live.catalogue import Catalogue
+from flashserve.live.modelrows import DeployedModel
 from flashserve.live.names import Names, check_name
 from flashserve.live.runtime import Runtime
 from flashserve.live.text import ModelText, TextCache
-from flashserve.messages.events import ModelDeleted, ModelDeployed
+from flashserve.messages.events import BoundsChanged, ModelDeleted, ModelDeployed
 from flashserve.messages.work import ModelFacts
+from flashserve.policy.schedules import NO_BOUNDS, Bounds, check_bounds
 from flashserve.store import smallfiles
 from flashserve.store.sources.source import check_allowed, scheme_of
 from flashserve.types import ModelId, ModelSpec
@@ -30,19 +33,32 @@ _MAX_SHOWN = 8
 _log = structlog.get_logger(__name__)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeployOptions:
+    """How a model is to be run. keep_alive_s: None follows the server."""
+
+    keep_alive_s: float | None = None
+    bounds: Bounds = NO_BOUNDS
+
+
 class Deployments:
     """The catalogue's models in memory, and their tokenizers. Changes happen one at a time."""
 
     def __init__(
         self,
         allowed: DeploySettings,
+        clock: BoundsClock,
         runtime: Runtime,
         catalogue: Catalogue,
         data_dir: Path,
         names: Names,
         adapters_of: Callable[[ModelId], Sequence[str]],
     ) -> None:
-        """Args: adapters_of: the names of a model's adapters, which hold on to its weights."""
+        """Args:
+        clock: says what bounds mean now.
+        adapters_of: the names of a model's adapters, which hold on to its weights.
+        """
+        self._clock = clock
         self._names = names
         self._adapters_of = adapters_of
         self._allowed = allowed
@@ -55,7 +71,9 @@ class Deployments:
 
     async def restore(self) -> None:
         """Bring every deployed model back, cold. Its source is first looked at by a request."""
-        for model in await self._catalogue.models():
+        for stored in await self._catalogue.models():
+            model = self._scaled(stored)
+            _warn_of_contradictions(model.bounds, self._num_workers, model.spec.model_id)
             self._models[model.spec.model_id] = model
             self._names.put(model.spec.model_id, KIND)
             await self._runtime.apply(ModelDeployed(model.spec))
@@ -105,11 +123,12 @@ class Deployments:
         return await self._texts.get(model.spec.model_id, model.directory, model.identity)
 
     async def deploy(
-        self, name: str, source: str, keep_alive_s: float | None, *, trusted: bool, replace: bool
+        self, name: str, source: str, options: DeployOptions, *, trusted: bool, replace: bool
     ) -> None:
         """See Service.deploy."""
         check_name(name, KIND)
-        _check_keep_alive(keep_alive_s)
+        _check_keep_alive(options.keep_alive_s)
+        check_bounds(options.bounds, self._num_workers)
         source = absolute(source)
         if not trusted:
             allowed = self._allowed
@@ -117,10 +136,10 @@ class Deployments:
         if not replace:
             self._check_free(ModelId(name), source)
         with self._names.claiming(name, KIND):
-            await self._deploy(name, source, keep_alive_s, replace=replace)
+            await self._deploy(name, source, options, replace=replace)
 
     async def _deploy(
-        self, name: str, source: str, keep_alive_s: float | None, *, replace: bool
+        self, name: str, source: str, options: DeployOptions, *, replace: bool
     ) -> None:
         facts = await self._runtime.nodes[0].describe(source)
         async with self._changing:
@@ -129,10 +148,28 @@ class Deployments:
             known = self._models.get(ModelId(name))
             if known is not None and known.identity != facts.identity:
                 self._check_no_adapters(known.spec.model_id, "replaced")
-            model = _deployed_model(name, source, keep_alive_s, facts)
+            model = _deployed_model(name, source, options, facts)
             text = await self.text(model)
             spec = dataclasses.replace(model.spec, has_chat_template=text.has_chat_template)
-            await self._take_on(dataclasses.replace(model, spec=spec))
+            await self._take_on(self._scaled(dataclasses.replace(model, spec=spec)))
+
+    def follow_schedules(self) -> None:
+        """Tell the controller of every model whose schedule has begun or ended since the last."""
+        for model_id, model in self._models.items():
+            if model.bounds.schedule and (changed := self._scaled(model)) != model:
+                self._models[model_id] = changed
+                scaling = changed.spec.scaling
+                _log.info("schedule", model_id=model_id, **dataclasses.asdict(scaling))
+                self._runtime.post(BoundsChanged(model_id, scaling))
+
+    def _scaled(self, model: DeployedModel) -> DeployedModel:
+        """With the bounds that hold now."""
+        spec = dataclasses.replace(model.spec, scaling=self._clock.scaling(model.bounds))
+        return dataclasses.replace(model, spec=spec)
+
+    @property
+    def _num_workers(self) -> int:
+        return sum(node.spec.num_workers for node in self._runtime.nodes)
 
     async def delete(self, name: str) -> None:
         """See Service.delete."""
@@ -203,6 +240,14 @@ def _check_keep_alive(keep_alive_s: float | None) -> None:
         )
 
 
+def _warn_of_contradictions(bounds: Bounds, num_workers: int, model_id: ModelId) -> None:
+    """A server that was restarted with fewer workers serves with what it has."""
+    try:
+        check_bounds(bounds, num_workers)
+    except InputError as error:
+        _log.warning("bounds cannot be met", model_id=model_id, reason=error.message)
+
+
 def _changed_in_place(known: DeployedModel, model: DeployedModel) -> bool:
     """Other weights that the controller could not tell from the old ones."""
     return known.spec.source == model.spec.source and known.identity != model.identity
@@ -214,18 +259,23 @@ def absolute(source: str) -> str:
 
 
 def _deployed_model(
-    name: str, source: str, keep_alive_s: float | None, facts: ModelFacts
+    name: str, source: str, options: DeployOptions, facts: ModelFacts
 ) -> DeployedModel:
     spec = ModelSpec(
         model_id=ModelId(name),
         source=source,
         size_bytes=facts.size_bytes,
         lowest_tier=facts.lowest_tier,
-        keep_alive_s=keep_alive_s,
+        keep_alive_s=options.keep_alive_s,
         architecture=facts.architecture,
         context_tokens=facts.context_tokens,
         has_chat_template=facts.has_chat_template,
     )
     return DeployedModel(
-        spec, facts.identity, Path(facts.directory), facts.kv_bytes_per_token, time.time()
+        spec,
+        facts.identity,
+        Path(facts.directory),
+        facts.kv_bytes_per_token,
+        time.time(),
+        options.bounds,
     )

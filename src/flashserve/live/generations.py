@@ -11,9 +11,9 @@ from collections.abc import Callable
 from flashserve.errors import FlashServeError
 from flashserve.forecast.arrivals import series_of
 from flashserve.live.adapterrows import RegisteredAdapter
-from flashserve.live.catalogue import DeployedModel
 from flashserve.live.choice import Choice
 from flashserve.live.generation import Generation
+from flashserve.live.modelrows import DeployedModel
 from flashserve.live.requests import GenerationRequest
 from flashserve.live.runtime import Runtime
 from flashserve.live.text import ModelText

@@ -112,6 +112,13 @@ class ModelStatus:
     architecture: str
     created_at: float
     """Unix time of the deployment."""
+    min_replicas: int = 0
+    max_replicas: int | None = None
+    """None follows the server."""
+    target: int | None = None
+    """Requests at once that a replica is meant to serve; None is as many as it can."""
+    schedule: tuple[str, ...] = ()
+    """Lines that change these three; they show what holds now."""
     kv: KVUsage | None = None
     disk_bytes: int = 0
     """Of the disk tier, which holds what was fetched from remote sources."""

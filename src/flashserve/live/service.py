@@ -13,12 +13,14 @@ from flashserve.forecast.arrivals import series_of
 from flashserve.live.adapterrows import RegisteredAdapter
 from flashserve.live.adapters import Adapters
 from flashserve.live.adapterstatus import adapter_status, gather_adapter_stats
-from flashserve.live.catalogue import Catalogue, DeployedModel
+from flashserve.live.bounds import BoundsClock, follow
+from flashserve.live.catalogue import Catalogue
 from flashserve.live.demand import Demand
-from flashserve.live.deployments import Deployments
+from flashserve.live.deployments import Deployments, DeployOptions
 from flashserve.live.fitting import fit_max_tokens, kv_room_tokens
 from flashserve.live.generation import Generation
 from flashserve.live.generations import Generations, Target
+from flashserve.live.modelrows import DeployedModel
 from flashserve.live.names import Names
 from flashserve.live.requests import AdapterStatus, Decision, GenerationRequest, ModelStatus
 from flashserve.live.runtime import Runtime
@@ -27,6 +29,7 @@ from flashserve.live.text import encode_prompt
 from flashserve.live.tiers import bring_to_tier, take_from_tier
 from flashserve.messages.events import DrainStarted
 from flashserve.node.client import AdapterResidence
+from flashserve.policy.schedules import NO_BOUNDS, Bounds
 from flashserve.store.reporting import StoreReport
 from flashserve.types import AdapterId, ModelId, ModelSpec, NodeId, SamplingParams, Tier
 
@@ -48,8 +51,15 @@ class Service:
         self.draining = False
         self._runtime = runtime
         names = Names()
+        self._bounds = BoundsClock(settings.scaling)
         self._deployments = Deployments(
-            settings.deploy, runtime, catalogue, settings.data_dir, names, self._adapters_of
+            settings.deploy,
+            self._bounds,
+            runtime,
+            catalogue,
+            settings.data_dir,
+            names,
+            self._adapters_of,
         )
         self._adapters = Adapters(settings.deploy, runtime, catalogue, self._deployments, names)
         self.demand = Demand(settings, runtime, catalogue, names, self._deployments, self._adapters)
@@ -64,6 +74,9 @@ class Service:
         self._tasks = [
             asyncio.create_task(self.demand.run(), name="demand"),
             asyncio.create_task(self._deployments.preload(), name="tokenizers"),
+            asyncio.create_task(
+                follow(self._bounds, self._deployments.follow_schedules), name="schedules"
+            ),
         ]
 
     def deployed(self) -> dict[ModelId, ModelSpec]:
@@ -189,21 +202,23 @@ class Service:
         source: str,
         *,
         keep_alive_s: float | None = None,
+        bounds: Bounds = NO_BOUNDS,
         trusted: bool,
         replace: bool = False,
     ) -> ModelStatus:
         """Check a source and make it available under a name; no bytes are moved.
 
-        The same source again changes keep_alive_s at most. `trusted`: from this machine's own
-        user, so that any source may be named.
+        The same source again changes keep_alive_s and bounds at most. `trusted`: from this
+        machine's own user, so that any source may be named.
 
         Raises:
-            InputError: the name or keep_alive_s makes no sense.
+            InputError: the name, keep_alive_s or the bounds make no sense; `param` says which.
             ForbiddenError: the source may not be deployed by this caller.
             ConflictError: the name has another source, and `replace` is not set.
             DeployError: the source cannot be served; the message names the file and why.
         """
-        await self._deployments.deploy(name, source, keep_alive_s, trusted=trusted, replace=replace)
+        options = DeployOptions(keep_alive_s, bounds)
+        await self._deployments.deploy(name, source, options, trusted=trusted, replace=replace)
         return self.model(name)
 
     async def delete(self, name: str) -> None:

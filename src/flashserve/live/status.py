@@ -11,7 +11,7 @@ import structlog
 
 from flashserve.control.controller import ModelView
 from flashserve.errors import FlashServeError
-from flashserve.live.catalogue import DeployedModel
+from flashserve.live.modelrows import DeployedModel
 from flashserve.live.requests import ModelStatus
 from flashserve.node.client import Node, NodeStats
 from flashserve.store.reporting import StoreReport
@@ -85,6 +85,10 @@ def model_status(
         context_tokens=spec.context_tokens,
         architecture=spec.architecture,
         created_at=model.created_at,
+        min_replicas=spec.scaling.min_replicas,
+        max_replicas=spec.scaling.max_replicas,
+        target=spec.scaling.target,
+        schedule=model.bounds.schedule,
         kv=stats.kv.get(spec.model_id),
     )
 

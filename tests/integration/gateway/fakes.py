@@ -31,6 +31,7 @@ from flashserve.live.requests import (
     TokenLogprob,
     Usage,
 )
+from flashserve.policy.schedules import NO_BOUNDS, Bounds
 from flashserve.store.guard import ScrubReport
 from flashserve.store.reporting import ArenaReport, StoreReport, TierReport
 from flashserve.store.transfers import Fetch
@@ -194,10 +195,11 @@ class FakeService:
         source: str,
         *,
         keep_alive_s: float | None = None,
+        bounds: Bounds = NO_BOUNDS,
         trusted: bool,
         replace: bool = False,
     ) -> ModelStatus:
-        self.calls.append(("deploy", name, source, keep_alive_s, trusted, replace))
+        self.calls.append(("deploy", name, source, keep_alive_s, bounds, trusted, replace))
         if source == "/missing":
             raise SourceError("/missing: no such directory")
         if name in self.statuses and not replace:

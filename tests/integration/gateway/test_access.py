@@ -8,6 +8,8 @@ import pytest
 from tests.integration.gateway.conftest import Start
 from tests.integration.gateway.fakes import MODEL, Running
 
+from flashserve.policy.schedules import NO_BOUNDS
+
 USER = {"Authorization": "Bearer user-key"}
 ADMIN = {"Authorization": "Bearer admin-key"}
 KEYS = {"api_keys": ("user-key", "second-key"), "admin_keys": ("admin-key",)}
@@ -111,14 +113,16 @@ def test_the_private_socket_is_trusted(start: Start) -> None:
             assert http.get(path).status_code == 200, path
         assert http.get("/v1/models", headers={"Host": "evil.example"}).status_code == 200
         assert http.post("/admin/v1/models", json=DEPLOYMENT).status_code == 201
-    assert server.service.calls == [("deploy", "new", "demo:smollm2", None, True, False)]
+    assert server.service.calls == [("deploy", "new", "demo:smollm2", None, NO_BOUNDS, True, False)]
 
 
 def test_a_deploy_over_tcp_is_not_trusted(start: Start) -> None:
     server = start(**KEYS)
     with server.client(headers=ADMIN) as http:
         assert http.post("/admin/v1/models", json=DEPLOYMENT).status_code == 201
-    assert server.service.calls == [("deploy", "new", "demo:smollm2", None, False, False)]
+    assert server.service.calls == [
+        ("deploy", "new", "demo:smollm2", None, NO_BOUNDS, False, False)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.integration.gateway.fakes import FORECAST, MODEL, Running
 
 from flashserve.errors import QueueFullError
+from flashserve.policy.schedules import Bounds
 from flashserve.types import Tier
 
 
@@ -29,11 +30,23 @@ def test_models_are_listed_as_ps_shows_them(http: httpx.Client) -> None:
 
 
 def test_a_deploy_is_created(http: httpx.Client, server: Running) -> None:
-    order = {"name": "a/b", "source": "demo:smollm2", "keep_alive_s": 5, "replace": True}
+    schedule = ["daily 8:00-9:00 min=2"]
+    bounds = {"min_replicas": 1, "max_replicas": 3, "target": 8, "schedule": schedule}
+    order = {"name": "a/b", "source": "demo:smollm2", "keep_alive_s": 5, "replace": True, **bounds}
     reply = http.post("/admin/v1/models", json=order)
     assert reply.status_code == 201
     assert reply.json()["name"] == "a/b"
-    assert server.service.calls == [("deploy", "a/b", "demo:smollm2", 5.0, False, True)]
+    assert server.service.calls == [
+        (
+            "deploy",
+            "a/b",
+            "demo:smollm2",
+            5.0,
+            Bounds(1, 3, 8, ("daily 8:00-9:00 min=2",)),
+            False,
+            True,
+        )
+    ]
 
 
 @pytest.mark.parametrize(
@@ -50,6 +63,10 @@ def test_a_deploy_is_created(http: httpx.Client, server: Running) -> None:
         ({"name": "a", "source": "/x", "keep_alive_s": -1}, 400, "keep_alive_s"),
         ({"name": "a", "source": "/x", "keep_alive_s": "1"}, 400, "keep_alive_s"),
         ({"name": "a", "source": "/x", "keep_alife_s": 1}, 400, "keep_alife_s"),
+        ({"name": "a", "source": "/x", "min_replicas": -1}, 400, "min_replicas"),
+        ({"name": "a", "source": "/x", "max_replicas": 0}, 400, "max_replicas"),
+        ({"name": "a", "source": "/x", "target": 1.5}, 400, "target"),
+        ({"name": "a", "source": "/x", "schedule": "mon"}, 400, "schedule"),
         ({"name": "a", "source": "/missing"}, 422, None),
         ({"name": MODEL, "source": "/x"}, 409, None),
     ],

@@ -38,6 +38,7 @@ from flashserve.live.launcher import launch
 from flashserve.live.requests import GenerationRequest, TextChunk
 from flashserve.live.service import Service
 from flashserve.messages.commands import Evict, Stage, StartReplica, StopReplica
+from flashserve.policy.schedules import Bounds
 from flashserve.types import ModelId, SamplingParams, Tier
 
 pytestmark = pytest.mark.integration
@@ -430,6 +431,40 @@ def test_names_and_times_are_checked(tmp_path: Path) -> None:
         for keep_alive_s in (-1.0, float("nan"), float("inf")):
             with pytest.raises(InputError, match="keep_alive_s"):
                 await rig.deploy("x", keep_alive_s=keep_alive_s)
+
+    play(tmp_path, scenario, deployed=False)
+
+
+def test_bounds_are_kept_and_shown_as_they_hold_now(tmp_path: Path) -> None:
+    always = ("daily 00:00-24:00 max=3", "mon-sun 00:00-24:00 target=2")
+
+    async def first(rig: Rig) -> None:
+        await rig.deploy("a", bounds=Bounds(0, 1, 8, always))
+        await rig.deploy("b", bounds=Bounds(min_replicas=1))
+
+    async def second(rig: Rig) -> None:
+        a, b = rig.service.model("a"), rig.service.model("b")
+        assert (a.min_replicas, a.max_replicas, a.target, a.schedule) == (0, 3, 2, always)
+        assert (b.min_replicas, b.max_replicas, b.target, b.schedule) == (1, None, None, ())
+        await rig.deploy("a")
+        a = rig.service.model("a")
+        assert (a.min_replicas, a.max_replicas, a.target, a.schedule) == (0, None, None, ())
+
+    play(tmp_path, first, deployed=False)
+    play(tmp_path, second, deployed=False)
+
+
+def test_bounds_that_cannot_be_met_are_refused_with_the_field(tmp_path: Path) -> None:
+    async def scenario(rig: Rig) -> None:
+        for bounds, field in [
+            (Bounds(2, 1), "min_replicas"),
+            (Bounds(min_replicas=2), "min_replicas"),
+            (Bounds(schedule=("mon 00:00-01:00 min=2",)), "schedule"),
+        ]:
+            with pytest.raises(InputError) as refused:
+                await rig.deploy("x", bounds=bounds)
+            assert refused.value.param == field
+        assert rig.service.model_names() == []
 
     play(tmp_path, scenario, deployed=False)
 

@@ -18,7 +18,8 @@ import xxhash
 from tests.integration.store import objectstore
 
 from flashserve.config import StoreSettings
-from flashserve.live.catalogue import Catalogue, DeployedModel
+from flashserve.live.catalogue import Catalogue
+from flashserve.live.modelrows import DeployedModel
 from flashserve.store.checkpoint.listing import CHUNK_BYTES
 from flashserve.store.disk.tier import DiskTier
 from flashserve.store.sources.source import open_source

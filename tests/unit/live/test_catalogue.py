@@ -19,7 +19,9 @@ from flashserve.forecast.arrivals import ArrivalCount, series_of
 from flashserve.forecast.days import DAY_MINUTES
 from flashserve.live.adapterrows import RegisteredAdapter
 from flashserve.live.arrivalrows import SERVER
-from flashserve.live.catalogue import _MIGRATIONS, FILE_NAME, Catalogue, DeployedModel
+from flashserve.live.catalogue import _MIGRATIONS, FILE_NAME, Catalogue
+from flashserve.live.modelrows import DeployedModel
+from flashserve.policy.schedules import Bounds
 from flashserve.types import AdapterSpec, ModelId, ModelSpec, Tier
 
 T = TypeVar("T")
@@ -58,7 +60,9 @@ def use(data_dir: Path, act: Callable[[Catalogue], Awaitable[T]]) -> T:
 
 
 def test_deployed_models_are_there_after_a_restart(tmp_path: Path) -> None:
-    first, second = deployed(A), deployed(B, keep_alive_s=None, has_chat_template=False)
+    bounds = Bounds(1, 4, 8, ("mon-fri 08:00-18:00 min=2", "sat 10:00-12:00 max=1"))
+    first = dataclasses.replace(deployed(A), bounds=bounds)
+    second = deployed(B, keep_alive_s=None, has_chat_template=False)
 
     async def write(catalogue: Catalogue) -> None:
         await catalogue.put(second)
@@ -67,6 +71,28 @@ def test_deployed_models_are_there_after_a_restart(tmp_path: Path) -> None:
 
     use(tmp_path, write)
     assert use(tmp_path, Catalogue.models) == [first, second]
+
+
+def test_models_of_a_file_before_bounds_have_none(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
+        for script in _MIGRATIONS[:2]:
+            connection.executescript(script)
+        row = ("a", "/models/a", 5 << 40, 0, 0.5, "LlamaForCausalLM", 8192, 1, "1234")
+        values = (*row, "/models/a", 1 << 20, 1.5e9)
+        connection.execute(f"INSERT INTO models VALUES ({','.join('?' * len(values))})", values)
+        connection.execute("PRAGMA user_version = 2")
+        connection.commit()
+    assert use(tmp_path, Catalogue.models) == [deployed(A)]
+
+
+@pytest.mark.parametrize("schedule", ["", "[1]", '["mon 08:00-18:00"]'])
+def test_a_schedule_that_is_none_is_damage(tmp_path: Path, schedule: str) -> None:
+    use(tmp_path, lambda catalogue: catalogue.put(deployed(A)))
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
+        connection.execute("UPDATE models SET schedule = ?", (schedule,))
+        connection.commit()
+    with pytest.raises(CatalogueError, match=r"model a: .*damaged"):
+        use(tmp_path, Catalogue.models)
 
 
 def test_a_deleted_model_is_gone_with_its_arrivals_and_its_adapters(tmp_path: Path) -> None:
