@@ -10,7 +10,7 @@ import os
 import pathlib
 import re
 import zoneinfo
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import pydantic
 import pydantic_settings
@@ -18,6 +18,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from flashserve.errors import InputError
 
+DEFAULT_TENANT = "default"
+"""What reports call whoever has a key without a name, or none."""
 _PREFIX = "FLASHSERVE_"
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _BINARY_UNITS = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
@@ -90,6 +92,18 @@ class AuthSettings(_Section):
     """Further Host values to accept; loopback names always are."""
     allowed_origins: tuple[str, ...] = ()
     """Origins of web pages that may call the API, such as https://chat.example.org."""
+
+
+class TenantSettings(_Section):
+    """Somebody whose requests are told from others' by their keys."""
+
+    keys: tuple[str, ...] = ()
+    """For /v1, like auth.api_keys."""
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Twice the weight is twice the share of a busy model."""
+
+
+TenantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 
 
 class DeploySettings(_Section):
@@ -283,6 +297,8 @@ class Settings(pydantic_settings.BaseSettings):
     log_format: Literal["auto", "console", "json"] = "auto"
     server: ServerSettings = ServerSettings()
     auth: AuthSettings = AuthSettings()
+    tenants: dict[TenantName, TenantSettings] = {}
+    """By name; keys of auth.api_keys are of one more, which is called default."""
     deploy: DeploySettings = DeploySettings()
     node: NodeSettings = NodeSettings()
     store: StoreSettings = StoreSettings()
@@ -291,6 +307,31 @@ class Settings(pydantic_settings.BaseSettings):
     forecast: ForecastSettings = ForecastSettings()
     scaling: ScalingSettings = ScalingSettings()
     price: PriceSettings = PriceSettings()
+
+    @pydantic.model_validator(mode="after")
+    def _check_tenants(self) -> Self:
+        """Raises ValueError, without the keys themselves."""
+        if DEFAULT_TENANT in self.tenants:
+            raise ValueError(f"tenants.{DEFAULT_TENANT} is who has no name: use another")
+        owners: dict[str, str] = {}
+        whose = [("auth.api_keys", self.auth.api_keys), ("auth.admin_keys", self.auth.admin_keys)]
+        whose += [(f"tenants.{name}.keys", tenant.keys) for name, tenant in self.tenants.items()]
+        for setting, keys in whose:
+            for key in keys:
+                if setting.startswith("tenants.") and not key:
+                    raise ValueError(f"{setting} holds an empty key")
+                other = owners.setdefault(key, setting)
+                if other != setting and "tenants." in other + setting:
+                    raise ValueError(f"{other} and {setting} hold the same key")
+        return self
+
+    @property
+    def users_need_key(self) -> bool:
+        return bool(self.auth.api_keys or any(one.keys for one in self.tenants.values()))
+
+    @property
+    def tenant_weights(self) -> dict[str, float]:
+        return {name: tenant.weight for name, tenant in self.tenants.items()}
 
     @property
     def prefetch_budget_bytes(self) -> int:
@@ -338,7 +379,8 @@ def load_settings(**overrides: object) -> Settings:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"setting {name}: {first['msg']}") from None
+        where = f"setting {name}: " if name else ""
+        raise InputError(where + first["msg"].removeprefix("Value error, ")) from None
     except (OSError, ValueError) as error:
         raise InputError(f"configuration {_config_file()}: {error}") from None
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from flashserve.config import load_settings
@@ -36,6 +38,35 @@ def test_an_unknown_time_zone_is_refused_by_name(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("FLASHSERVE_SCALING__TIMEZONE", name)
         with pytest.raises(InputError, match=r"^setting scaling\.timezone: .*Europe/Berlin"):
             load_settings()
+
+
+@pytest.mark.parametrize(
+    ("tenants", "says"),
+    [
+        ({"a b": {}}, r"^setting tenants\.a b"),
+        ({"default": {}}, r"^tenants\.default is who has no name"),
+        ({"a": {"weight": 0}}, r"^setting tenants\.a\.weight: "),
+        ({"a": {"weights": 1}}, r"^setting tenants\.a\.weights: "),
+        ({"a": {"keys": [""]}}, r"^tenants\.a\.keys holds an empty key"),
+        ({"a": {"keys": ["s3"]}, "b": {"keys": ["s3"]}}, r"a\.keys and tenants\.b\.keys hold the"),
+        ({"a": {"keys": ["user"]}}, r"^auth\.api_keys and tenants\.a\.keys hold the same key"),
+    ],
+)
+def test_tenants_that_make_no_sense_are_refused_without_their_keys(
+    monkeypatch: pytest.MonkeyPatch, tenants: dict[str, object], says: str
+) -> None:
+    monkeypatch.setenv("FLASHSERVE_AUTH__API_KEYS", '["user"]')
+    monkeypatch.setenv("FLASHSERVE_TENANTS", json.dumps(tenants))
+    with pytest.raises(InputError, match=says) as refused:
+        load_settings()
+    assert "s3" not in refused.value.message
+
+
+def test_tenants_have_keys_and_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHSERVE_TENANTS", '{"acme": {"keys": ["k"], "weight": 2}, "labs": {}}')
+    settings = load_settings()
+    assert settings.users_need_key
+    assert settings.tenant_weights == {"acme": 2.0, "labs": 1.0}
 
 
 def test_prices_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:

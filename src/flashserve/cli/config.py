@@ -9,7 +9,7 @@ from flashserve.cli.options import AsJson
 from flashserve.config import load_settings
 
 _MASK = "********"
-_SECRET = {"api_keys", "admin_keys"}
+_SECRET = {"api_keys", "admin_keys", "keys"}
 
 
 def config(as_json: AsJson = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import assert_never
 
 from flashserve.config import PolicySettings
@@ -70,6 +71,7 @@ class Controller:
         rates: what the tiers were measured to give; predictions start from them.
         policy: how many replicas each model has, and until when; None: fixed keep-alives.
         prices: what bytes in DRAM are weighed with.
+        weights: of tenants, for their shares; others have 1.
     """
 
     def __init__(
@@ -78,8 +80,11 @@ class Controller:
         rates: Rates = UNMEASURED,
         policy: Policy | None = None,
         prices: Prices | None = None,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
-        self._state = State(settings, rates, policy or FixedKeepAlive(), prices or Prices())
+        self._state = State(
+            settings, rates, policy or FixedKeepAlive(), prices or Prices(), weights or {}
+        )
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Apply one event at time `now` (seconds) and return the commands it causes, in order."""

@@ -9,6 +9,7 @@ import dataclasses
 import enum
 import math
 
+from flashserve.control.shares import Shares
 from flashserve.policy.admission import Failure
 from flashserve.policy.cost import EXTENT_BYTES, WorkerState, extent_bytes
 from flashserve.policy.plans import Plan
@@ -42,6 +43,9 @@ class Request:
     """Order of arrival; every queue is in this order."""
     deadline_s: float
     waiting_since: float
+    tenant: str = ""
+    weight: float = 1.0
+    """The tenant's."""
     adapter: str = ""
     prefix: int | None = None
     attempts: int = 0
@@ -104,6 +108,8 @@ class Replica:
 class Model:
     spec: ModelSpec
     waiting: dict[RequestId, Request] = dataclasses.field(default_factory=dict)
+    shares: Shares = dataclasses.field(default_factory=Shares)
+    """The same requests, and those that run, by tenant."""
     replicas: dict[ReplicaId, Replica] = dataclasses.field(default_factory=dict)
     dram_nodes: dict[NodeId, None] = dataclasses.field(default_factory=dict)
     """Nodes where its bytes are in DRAM or on the way there."""

@@ -28,6 +28,8 @@ def arrive(state: State, event: RequestArrived, now: float) -> list[Command]:
         state.new_sequence(),
         deadline_s,
         waiting_since=now,
+        tenant=event.tenant,
+        weight=state.weights.get(event.tenant, 1.0),
         adapter=event.adapter,
         prefix=event.prefix,
     )
@@ -45,9 +47,30 @@ def arrive(state: State, event: RequestArrived, now: float) -> list[Command]:
     if refusal := admission.refuse_full(
         model.model_id, len(model.waiting), state.settings.queue_limit, _wait_s(state, model, now)
     ):
-        return [orders.reject(request, refusal)]
+        return _share_queue(state, model, request, refusal, now)
     state.enqueue(model, [request], now)
     return []
+
+
+def _share_queue(
+    state: State, model: Model, request: Request, refusal: Refusal, now: float
+) -> list[Command]:
+    """The queue is full: whoever has most of it for his weight is refused."""
+    most = model.shares.most()
+    own = model.shares.num_waiting(request.tenant)
+    if most is None or not admission.gives_way(most, request.tenant, request.weight, own):
+        return [orders.reject(request, refusal)]
+    last = model.shares.last_of(most.tenant)
+    gave_way = admission.refuse_excess(
+        model.model_id,
+        len(model.waiting),
+        most.waiting,
+        state.settings.queue_limit,
+        _wait_s(state, model, now),
+    )
+    state.enqueue(model, [request], now)
+    state.forget_waiting(model, last)
+    return [orders.reject(last, gave_way)]
 
 
 def _refusal(state: State, model: Model, now: float) -> Refusal | None:
@@ -93,10 +116,9 @@ def release(state: State, model: Model, replica: Replica, now: float) -> list[Co
 
 
 def dispatch_waiting(state: State, model: Model, now: float) -> list[Command]:
-    """Dispatch waiting requests, first come first served, while a ready replica has room."""
+    """Dispatch waiting requests, by their tenants' shares, while a ready replica has room."""
     commands: list[Command] = []
-    while model.waiting:
-        request = next(iter(model.waiting.values()))
+    while request := model.shares.next():
         route = _route(state, model, request)
         if route is None:
             break

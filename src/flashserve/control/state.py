@@ -8,6 +8,7 @@ change, each node's pinned and evictable bytes, and the timers.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TypeVar
 
 from flashserve.config import PolicySettings
@@ -23,11 +24,18 @@ from flashserve.types import ModelId, ModelSpec, NodeId, NodeSpec, ReplicaId, Re
 
 class State:
     def __init__(
-        self, settings: PolicySettings, rates: Rates, policy: Policy, prices: Prices
+        self,
+        settings: PolicySettings,
+        rates: Rates,
+        policy: Policy,
+        prices: Prices,
+        weights: Mapping[str, float],
     ) -> None:
         self.settings = settings
         self.policy = policy
         self.prices = prices
+        self.weights = weights
+        """Of tenants; others have 1."""
         self.models: dict[ModelId, Model] = {}
         self.nodes: dict[NodeId, Node] = {}
         self.replicas: dict[ReplicaId, Replica] = {}
@@ -106,6 +114,7 @@ class State:
             timer = Timer(TimerKind.DEADLINE, request.request_id)
             self.timers.schedule(timer, request.deadline_at)
             self.unplanned[model.model_id] = model
+        model.shares.wait(requests)
         if requests and last and requests[0].sequence < last.sequence:
             ordered = sorted(model.waiting.values(), key=lambda request: request.sequence)
             model.waiting = {request.request_id: request for request in ordered}
@@ -113,12 +122,15 @@ class State:
 
     def forget_waiting(self, model: Model, request: Request) -> None:
         del model.waiting[request.request_id]
+        model.shares.stop_waiting(request)
         del self.requests[request.request_id]
         self.line.review(model)
 
     def begin(self, model: Model, request: Request, replica: Replica, now: float) -> None:
         """The request runs on a replica from now on."""
-        model.waiting.pop(request.request_id, None)
+        if model.waiting.pop(request.request_id, None):
+            model.shares.stop_waiting(request)
+        model.shares.run(request)
         self.requests[request.request_id] = request
         request.replica_id = replica.replica_id
         request.dispatched_at = now
@@ -136,7 +148,7 @@ class State:
         """The request runs no more and is forgotten."""
         del self.requests[request.request_id]
         del replica.in_flight[request.request_id]
-        self._count_ended(replica.model_id, 1)
+        self._count_ended(replica.model_id, [request])
         if not replica.in_flight:
             replica.changed_at = now
             self._reindex(replica)
@@ -148,12 +160,15 @@ class State:
         replica.in_flight.clear()
         for request in requests:
             del self.requests[request.request_id]
-        self._count_ended(replica.model_id, len(requests))
+        self._count_ended(replica.model_id, requests)
         return requests
 
-    def _count_ended(self, model_id: ModelId, number: int) -> None:
-        self.models[model_id].num_running -= number
-        self.num_running -= number
+    def _count_ended(self, model_id: ModelId, requests: list[Request]) -> None:
+        model = self.models[model_id]
+        for request in requests:
+            model.shares.stop_running(request)
+        model.num_running -= len(requests)
+        self.num_running -= len(requests)
 
     # Replicas
 

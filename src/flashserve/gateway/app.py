@@ -42,7 +42,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     add_error_handlers(app)
     describe_bodies(app, BODIES)
     # The last one added is the outermost.
-    app.add_middleware(KeyGuard, auth=settings.auth)
+    app.add_middleware(KeyGuard, settings=settings)
     if settings.auth.allowed_origins:
         # A browser's preflight carries no key, so it is answered before one is asked for.
         app.add_middleware(

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flashserve.config import AuthSettings, ServerSettings, Settings
 from flashserve.errors import AuthenticationError, FlashServeError, ForbiddenError, InputError
-from flashserve.gateway.edge import context_of
+from flashserve.gateway.edge import context_of, name_tenant
 from flashserve.gateway.faults import error_response
 
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -30,11 +30,12 @@ def check_binding(settings: Settings) -> None:
     InputError: others than this machine could use the server without a key.
     """
     host = settings.server.host
-    if is_loopback(host) or settings.auth.api_keys:
+    if is_loopback(host) or settings.users_need_key:
         return
     raise InputError(
         f"server.host {host!r} is reachable from other machines, and without keys anybody there "
-        "could use every model: set auth.api_keys (and auth.admin_keys to administer over TCP), "
+        "could use every model: set auth.api_keys or keys of tenants (and auth.admin_keys to "
+        "administer over TCP), "
         "or listen on 127.0.0.1"
     )
 
@@ -99,12 +100,15 @@ class KeyGuard:
     when any are, and then an admin key. Without any, the server is on loopback: check_binding.
     """
 
-    def __init__(self, app: ASGIApp, auth: AuthSettings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._api_keys = [key.encode() for key in auth.api_keys if key]
-        self._admin_keys = [key.encode() for key in auth.admin_keys if key]
-        self._users_need_key = bool(auth.api_keys)
-        self._admins_need_key = bool(auth.api_keys or auth.admin_keys)
+        self._tenants = [(key.encode(), "") for key in settings.auth.api_keys if key]
+        for name, tenant in settings.tenants.items():
+            self._tenants += [(key.encode(), name) for key in tenant.keys]
+        self._api_keys = [key for key, _ in self._tenants]
+        self._admin_keys = [key.encode() for key in settings.auth.admin_keys if key]
+        self._users_need_key = settings.users_need_key
+        self._admins_need_key = self._users_need_key or bool(settings.auth.admin_keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not context_of(scope).is_trusted:
@@ -124,12 +128,19 @@ class KeyGuard:
         key = _bearer(scope)
         is_admin, is_user = _is_known(key, self._admin_keys), _is_known(key, self._api_keys)
         if is_admin or (is_user and is_user_path):
+            if is_user:
+                name_tenant(scope, self._tenant_of(key))
             return
         if is_user:
             raise ForbiddenError(f"{path} needs an admin key; this key is a user's")
         raise AuthenticationError(
             "this key is not known" if key else "a key is needed: send Authorization: Bearer KEY"
         )
+
+    def _tenant_of(self, key: bytes) -> str:
+        """Of a key that is known."""
+        names = [name for known, name in self._tenants if hmac.compare_digest(key, known)]
+        return names[0]
 
 
 def _bearer(scope: Scope) -> bytes:

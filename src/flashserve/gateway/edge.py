@@ -28,11 +28,18 @@ class RequestContext:
 
     received_at: time.monotonic() when the request's headers were complete.
     is_trusted: it came over the private Unix socket, so from this user on this machine.
+    tenant: whose key it came with, as KeyGuard found; "" without a name.
     """
 
     request_id: str
     received_at: float
     is_trusted: bool
+    tenant: str = ""
+
+
+def name_tenant(scope: Scope, tenant: str) -> None:
+    """Say whose key the request came with."""
+    scope[_SCOPE_KEY] = dataclasses.replace(context_of(scope), tenant=tenant)
 
 
 def context_of(scope: Scope) -> RequestContext:

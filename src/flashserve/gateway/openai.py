@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -64,10 +65,11 @@ async def _read(request: Request, *, chat: bool) -> dict[str, Any]:
 
 
 def _answer(request: Request, asked: ChatRequest | CompletionRequest, shape: Shape) -> Response:
-    state = state_of(request)
+    state, context = state_of(request), context_of(request.scope)
+    generation = asked.to_generation(context.received_at)
     return Answer(
         state.service,
-        asked.to_generation(context_of(request.scope).received_at),
+        dataclasses.replace(generation, tenant=context.tenant),
         shape,
         state.settings.server,
         is_stream=bool(asked.stream),

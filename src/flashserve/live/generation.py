@@ -42,12 +42,16 @@ class Generation:
         stopwatch: Stopwatch,
         *,
         num_prompt_tokens: int,
+        tenant: str = "",
+        adapter: str = "",
         on_done: Callable[[Generation], None],
     ) -> None:
         self._runtime = runtime
         self._choices = choices
         self._stopwatch = stopwatch
         self._num_prompt_tokens = num_prompt_tokens
+        self._tenant = tenant
+        self._adapter = adapter
         self._on_done = on_done
         self._mailbox = runtime.open_mailbox(self.request_id, self.model_id)
         self._buffer = _Buffer()
@@ -88,7 +92,12 @@ class Generation:
             QueueFullError, DrainingError, ...: it has not. Nothing was generated.
         """
         arrival = RequestArrived(
-            self.request_id, self.model_id, self._num_prompt_tokens, deadline_s
+            self.request_id,
+            self.model_id,
+            self._num_prompt_tokens,
+            deadline_s,
+            adapter=self._adapter,
+            tenant=self._tenant,
         )
         self._runtime.post(arrival)
         try:

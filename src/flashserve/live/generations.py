@@ -101,6 +101,8 @@ class Generations:
                 adapter_id=target.adapter_id,
             ),
             num_prompt_tokens=len(prompt_ids),
+            tenant=request.tenant,
+            adapter=target.adapter.name if target.adapter else "",
             on_done=forget,
         )
         self._running.add(generation)

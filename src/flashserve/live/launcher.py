@@ -47,7 +47,11 @@ async def launch(settings: Settings, nodes: Sequence[Node] | None = None) -> Asy
         await catalogue.open()
         agent = Agent(settings)
         runtime = Runtime(
-            Controller(settings.policy, _measured_rates(settings.data_dir)),
+            Controller(
+                settings.policy,
+                _measured_rates(settings.data_dir),
+                weights=settings.tenant_weights,
+            ),
             [agent] if nodes is None else nodes,
         )
         stack.push_async_callback(runtime.close)

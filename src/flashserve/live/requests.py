@@ -28,6 +28,8 @@ class GenerationRequest:
     """False: generate up to what the context still holds (chat without max_tokens)."""
     reuse_prefix: bool = True
     deadline_s: float | None = None
+    tenant: str = ""
+    """The name that belongs to its key; "" without one."""
     received_at: float = 0.0
     """time.monotonic() when the gateway had the request's first byte."""
 

@@ -1,9 +1,18 @@
-"""Whether a request may wait, and what one that may not is told."""
+"""Whether a request may wait, whose turn it is, and what one that may not wait is told.
+
+Tenants share a model by what they have running: the next place goes to the tenant with the least
+for its weight, among equals to the one whose oldest request came first, and within a tenant it is
+first come, first served. Nobody starves: a tenant with nothing running is never passed by one that
+came later, and what it has running ends. A full queue is shared in the same way: it refuses the
+latest request of the tenant that has most waiting for its weight.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from flashserve.policy import text
 from flashserve.types import ModelId
@@ -60,6 +69,61 @@ def refuse_full(
         "queue_full",
         f"{text.count(num_waiting, 'request')} already wait for {model_id}, the limit is "
         f"{queue_limit}",
+        float(max(1, math.ceil(wait_s))),
+    )
+
+
+class Load(NamedTuple):
+    """What one tenant has of a model; `head` is the place in order of arrival of its oldest."""
+
+    tenant: str
+    weight: float
+    running: int
+    waiting: int
+    head: int
+
+
+class Turn(NamedTuple):
+    """Sorts tenants that wait: the least comes next."""
+
+    share: float
+    head: int
+    tenant: str
+
+
+def turn(load: Load) -> Turn:
+    return Turn(load.running / load.weight, load.head, load.tenant)
+
+
+def choose_tenant(loads: Iterable[Load]) -> Load | None:
+    """The tenant whose oldest request is dispatched next; None when none waits."""
+    return min((load for load in loads if load.waiting), key=turn, default=None)
+
+
+def excess(num_waiting: int, weight: float) -> float:
+    """How much of a queue somebody has, for his weight."""
+    return num_waiting / weight
+
+
+def gives_way(most: Load, tenant: str, weight: float, num_waiting: int) -> bool:
+    """Whether the tenant with most of a full queue gives a place to one more request of `tenant`.
+
+    Not where that tenant would then have as much, so that places do not go to and fro.
+    """
+    if most.tenant == tenant:
+        return False
+    return excess(most.waiting, most.weight) > excess(num_waiting + 1, weight)
+
+
+def refuse_excess(
+    model_id: ModelId, num_waiting: int, own_waiting: int, queue_limit: int, wait_s: float
+) -> Refusal:
+    """For a request that waited and gave its place to a tenant who has less of the queue."""
+    return Refusal(
+        "queue_full",
+        f"{text.count(num_waiting, 'request')} wait for {model_id}, the limit is {queue_limit}, "
+        f"and {own_waiting} of them are of this key's tenant: more than its share, so that the "
+        "latest gave its place to another tenant",
         float(max(1, math.ceil(wait_s))),
     )
 

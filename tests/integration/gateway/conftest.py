@@ -7,12 +7,17 @@ import openai
 import pytest
 from tests.integration.gateway.fakes import FakeService, Running, running
 
-from flashserve.config import AuthSettings, ServerSettings, Settings
+from flashserve.config import AuthSettings, ServerSettings, Settings, TenantSettings
 
 
-def make_settings(*, server: dict[str, object] | None = None, **auth: object) -> Settings:
+def make_settings(
+    *,
+    server: dict[str, object] | None = None,
+    tenants: dict[str, TenantSettings] | None = None,
+    **auth: object,
+) -> Settings:
     return Settings.model_construct(
-        server=ServerSettings(**(server or {})), auth=AuthSettings(**auth)
+        server=ServerSettings(**(server or {})), auth=AuthSettings(**auth), tenants=tenants or {}
     )
 
 

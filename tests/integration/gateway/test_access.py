@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 import httpx
 import openai
 import pytest
 from tests.integration.gateway.conftest import Start
-from tests.integration.gateway.fakes import MODEL, Running
+from tests.integration.gateway.fakes import MODEL, Running, greet
 
+from flashserve.config import TenantSettings
+from flashserve.live.requests import GenerationRequest, TextChunk
 from flashserve.policy.schedules import NO_BOUNDS
 
 USER = {"Authorization": "Bearer user-key"}
@@ -35,6 +39,36 @@ def test_users_keys_open_inference_and_nothing_else(start: Start) -> None:
             assert code_of(http.get(path)) == (401, "invalid_api_key"), path
         reply = http.post("/admin/v1/models", json=DEPLOYMENT, headers=USER)
         assert code_of(reply) == (403, "forbidden")
+
+
+@pytest.mark.parametrize(
+    ("key", "tenant"), [("user-key", ""), ("acme-2", "acme"), ("labs-1", "labs"), ("admin-key", "")]
+)
+def test_a_request_is_of_the_tenant_whose_key_it_has(start: Start, key: str, tenant: str) -> None:
+    tenants = {
+        "acme": TenantSettings(keys=("acme-1", "acme-2")),
+        "labs": TenantSettings(keys=("labs-1",)),
+    }
+    server = start(tenants=tenants, **KEYS)
+    seen: list[str] = []
+
+    def plan(request: GenerationRequest) -> AsyncIterator[TextChunk]:
+        seen.append(request.tenant)
+        return greet(request)
+
+    server.service.plan = plan
+    with server.client(headers={"Authorization": f"Bearer {key}"}) as http:
+        body = {"model": MODEL, "prompt": "hi"}
+        assert http.post("/v1/completions", json=body).status_code == 200
+    assert seen == [tenant]
+
+
+def test_keys_of_tenants_alone_close_the_server(start: Start) -> None:
+    with start(tenants={"acme": TenantSettings(keys=("acme-1",))}).client() as http:
+        assert code_of(http.get("/v1/models")) == (401, "invalid_api_key")
+        user = {"Authorization": "Bearer acme-1"}
+        assert http.get("/v1/models", headers=user).status_code == 200
+        assert code_of(http.get("/metrics", headers=user)) == (403, "forbidden")
 
 
 def test_admin_keys_open_everything(start: Start) -> None:

@@ -12,6 +12,11 @@ def test_keys_are_masked_and_counted() -> None:
     assert not {"a", "b"} & set(shown["auth"]["api_keys"])
 
 
+def test_keys_of_tenants_are_masked_too() -> None:
+    shown = masked({"tenants": {"acme": {"keys": ["secret"], "weight": 2.0}}})
+    assert shown == {"tenants": {"acme": {"keys": ["********"], "weight": 2.0}}}
+
+
 def test_sections_become_dotted_names() -> None:
     assert flattened({"a": 1, "b": {"c": [2], "d": None}}) == [
         ("a", 1),
