@@ -200,6 +200,10 @@ class EngineSettings(_Section):
 class PolicySettings(_Section):
     """When models start, wait and stop."""
 
+    name: str = "flashserve"
+    """The policy that says how many replicas each model has, and until when."""
+    shadow: str | None = None
+    """Another one, which only says what it would do with the same traffic."""
     keep_alive_s: float = Field(300.0, ge=0)
     queue_limit: PositiveInt = 256
     """Requests that may wait for one model; one more is answered 429."""

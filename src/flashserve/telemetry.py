@@ -47,7 +47,7 @@ _COLD_PHASES = ("place", "fetch", "dram", "device", "init")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Family:
-    """A metric whose values the nodes count themselves; every sample has its node as a label."""
+    """A metric whose values others count, such as the nodes."""
 
     name: str
     text: str
@@ -176,6 +176,30 @@ _TIERS = (
     Family("flashserve_arena_huge_page_bytes", "Memory of the arena in huge pages."),
     Family("flashserve_scrub_rounds", "Rounds of the scrub through DRAM.", is_counter=True),
 )
+_USAGE = (
+    Family(
+        "flashserve_worker_seconds",
+        "Seconds of workers that a model took, by state: busy, loading, idle.",
+        ("model", "state"),
+        is_counter=True,
+    ),
+    Family(
+        "flashserve_tenant_worker_seconds",
+        "The same by tenant; * is what was started ahead of requests and used by nobody yet.",
+        ("tenant", "state"),
+        is_counter=True,
+    ),
+    Family(
+        "flashserve_shadow_worker_seconds",
+        "Seconds of workers that another policy would have taken, by state.",
+        ("policy", "state"),
+    ),
+    Family(
+        "flashserve_shadow_cold_requests",
+        "Requests that would have waited for a start under another policy.",
+        ("policy",),
+    ),
+)
 _BY_MODEL = (_ttft, _tpot, _queue, _cold_phase, _requests, _cold_requests, _tokens)
 _GAUGES = (_in_flight, _waiting, _replicas, _dram, _kv)
 
@@ -279,19 +303,30 @@ class TierSample:
     value: float
 
 
-class _Nodes(Collector):
-    """Samples of the nodes, for one rendering."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class UsageSample:
+    """A sum since the server started; labels as its family names them."""
 
-    def __init__(self, samples: Iterable[TierSample]) -> None:
-        self._samples = tuple(samples)
+    name: str
+    labels: tuple[str, ...]
+    value: float
+
+
+class _Samples(Collector):
+    """Values that others count, for one rendering."""
+
+    def __init__(self, families: Iterable[Family], samples: Iterable[UsageSample]) -> None:
+        self._families = families
+        self._samples: dict[str, list[UsageSample]] = {}
+        for sample in samples:
+            self._samples.setdefault(sample.name, []).append(sample)
 
     def collect(self) -> Iterator[Metric]:
-        for family in _TIERS:
+        for family in self._families:
             make = CounterMetricFamily if family.is_counter else GaugeMetricFamily
-            metric = make(family.name, family.text, labels=("node", *family.labels))
-            for sample in self._samples:
-                if sample.name == family.name:
-                    metric.add_metric((sample.node, *sample.labels), sample.value)
+            metric = make(family.name, family.text, labels=family.labels)
+            for sample in self._samples.get(family.name, ()):
+                metric.add_metric(sample.labels, sample.value)
             yield metric
 
 
@@ -305,10 +340,19 @@ class ForecastGauges:
     num_series: Mapping[tuple[str, str], int] = dataclasses.field(default_factory=dict)
 
 
+def _of_nodes(samples: Iterable[TierSample]) -> _Samples:
+    families = [dataclasses.replace(one, labels=("node", *one.labels)) for one in _TIERS]
+    return _Samples(
+        families, (UsageSample(one.name, (one.node, *one.labels), one.value) for one in samples)
+    )
+
+
 def render_metrics(
     models: Iterable[ModelGauges],
     tiers: Iterable[TierSample] = (),
     forecasts: ForecastGauges | None = None,
+    *,
+    usage: Iterable[UsageSample] = (),
 ) -> bytes:
     """Every metric in Prometheus's text format, the gauges as the arguments say."""
     forecasts = forecasts or ForecastGauges()
@@ -326,9 +370,10 @@ def render_metrics(
         if entry.kv is not None:
             for state in ("used", "cached", "free"):
                 _kv.labels(entry.model, state).set(getattr(entry.kv, state))
-    nodes = CollectorRegistry()
-    nodes.register(_Nodes(tiers))
-    return generate_latest(_registry) + generate_latest(nodes)
+    others = CollectorRegistry()
+    others.register(_of_nodes(tiers))
+    others.register(_Samples(_USAGE, usage))
+    return generate_latest(_registry) + generate_latest(others)
 
 
 _CHATTY = ("boto3", "botocore", "httpx", "huggingface_hub", "urllib3")

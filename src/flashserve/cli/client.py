@@ -77,6 +77,11 @@ class Client:
         listed: list[dict[str, Any]] = self._call("GET", "/admin/v1/tiers")["data"]
         return listed
 
+    def savings(self, days: int) -> dict[str, Any]:
+        """The report of so many days, as `flashserve savings --json` prints it."""
+        report: dict[str, Any] = self._call("GET", f"/admin/v1/savings?days={days}")
+        return report
+
     def deploy(self, name: str, source: str, options: Mapping[str, Any]) -> dict[str, Any]:
         body = {"name": name, "source": source, **options}
         model: dict[str, Any] = self._call("POST", "/admin/v1/models", body)

@@ -22,18 +22,24 @@ from flashserve.cli.forecast import forecast
 from flashserve.cli.fsck import fsck
 from flashserve.cli.generate import run
 from flashserve.cli.models import delete, deploy, evict, ps, stage
+from flashserve.cli.savings import savings
 from flashserve.cli.serve import serve
 from flashserve.cli.simulate import simulate
 from flashserve.errors import FlashServeError
 
 EXAMPLES: dict[Callable[..., None], list[str]] = {
-    serve: ["flashserve serve", "flashserve serve --port 9000 --workers 4 --dram 32GiB"],
+    serve: [
+        "flashserve serve",
+        "flashserve serve --port 9000 --workers 4 --dram 32GiB",
+        "flashserve serve --policy keep-alive-10m --shadow flashserve",
+    ],
     deploy: [
         "flashserve deploy smollm2 demo:smollm2",
         "flashserve deploy team/qwen ~/models/qwen3-8b --keep-alive 60",
         "flashserve deploy chat ~/models/chat --schedule 'mon-fri 08:00-18:00 min=1'",
     ],
     ps: ["flashserve ps", "flashserve ps --json"],
+    savings: ["flashserve savings", "flashserve savings --days 30 --json"],
     run: [
         'flashserve run smollm2 "What is the capital of France?"',
         "cat letter.txt | flashserve run smollm2 - --max-tokens 64",

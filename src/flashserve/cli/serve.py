@@ -42,6 +42,20 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Who decides how many replicas there are.", show_default=False
+        ),
+    ] = None,
+    shadow: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Another policy, which only reports what it would have done and saved.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Run the server until SIGTERM or Ctrl-C, which let running streams finish.
 
@@ -51,7 +65,7 @@ def serve(
         "data_dir": data_dir,
         "server": {"host": host, "port": port},
         "node": {"num_workers": workers, "dram_bytes": dram},
-        "policy": {"keep_alive_s": keep_alive},
+        "policy": {"keep_alive_s": keep_alive, "name": policy, "shadow": shadow},
     }
     settings = load_settings(**without_nones(given))
 

@@ -56,6 +56,10 @@ class ModelView:
     last_used_at: float | None
     reason: str
     """Of the last decision about it."""
+    wanted_replicas: int = 0
+    """By the policy's last plan."""
+    plan: str = ""
+    """The policy's reason for that."""
 
 
 class Controller:
@@ -212,6 +216,8 @@ class Controller:
             sum(resident.num_bytes for resident in held if resident.is_loaded),
             model.last_used_at,
             model.reason,
+            model.plan.replicas,
+            model.plan.reason,
         )
 
 

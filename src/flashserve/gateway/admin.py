@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated
 
+import msgspec
 from fastapi import APIRouter, Query, Request
 from starlette.responses import JSONResponse, Response
 
@@ -15,6 +16,7 @@ from flashserve.gateway.schema import DeployRequest, TierRequest
 from flashserve.gateway.schemadoc import json_body
 from flashserve.gateway.state import state_of
 from flashserve.gateway.tiers import tiers_body
+from flashserve.live.savings import KEPT_DAYS
 from flashserve.policy.schedules import Bounds
 from flashserve.telemetry import forget_model
 from flashserve.types import Tier
@@ -79,6 +81,15 @@ async def list_tiers(request: Request) -> Response:
     reports = await state_of(request).service.tiers()
     data = [tiers_body(node_id, report) for node_id, report in sorted(reports.items())]
     return JSONResponse({"object": "list", "data": data})
+
+
+@router.get("/savings")
+async def show_savings(
+    request: Request, days: Annotated[int, Query(ge=1, le=KEPT_DAYS)] = 7
+) -> Response:
+    """What models, adapters and tenants took, and what other policies would have taken."""
+    report = await state_of(request).service.savings.report(days)
+    return JSONResponse(msgspec.to_builtins(report))
 
 
 @router.get("/decisions")

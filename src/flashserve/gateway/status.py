@@ -11,6 +11,7 @@ from flashserve import telemetry
 from flashserve.errors import DrainingError, UnavailableError
 from flashserve.gateway.state import state_of
 from flashserve.gateway.tiers import tier_samples
+from flashserve.gateway.usage import usage_samples
 
 router = APIRouter(tags=["Status"])
 
@@ -24,6 +25,7 @@ _PAGE = """<!doctype html>
 <li><a href="/admin/v1/tiers">/admin/v1/tiers</a>: what the tiers hold and fetch
 <li><a href="/admin/v1/decisions">/admin/v1/decisions</a>: what was decided, and why
 <li><a href="/admin/v1/forecasts">/admin/v1/forecasts</a>: what is expected to be asked for
+<li><a href="/admin/v1/savings">/admin/v1/savings</a>: what it cost, and would have cost otherwise
 <li><a href="/metrics">/metrics</a>: for Prometheus
 <li><a href="/openapi.json">/openapi.json</a>: every route
 </ul>
@@ -64,5 +66,10 @@ async def show_metrics(request: Request) -> Response:
         )
         for model in models
     ]
-    body = telemetry.render_metrics(gauges, tier_samples(reports), service.demand.gauges())
+    body = telemetry.render_metrics(
+        gauges,
+        tier_samples(reports),
+        service.demand.gauges(),
+        usage=usage_samples(service.savings),
+    )
     return Response(body, headers={"content-type": telemetry.CONTENT_TYPE})

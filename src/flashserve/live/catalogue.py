@@ -19,10 +19,11 @@ from typing import TypeVar
 
 from flashserve.errors import CatalogueError
 from flashserve.forecast.arrivals import ArrivalCount, series_of
-from flashserve.live import adapterrows, arrivalrows, modelrows
+from flashserve.live import adapterrows, arrivalrows, modelrows, usagerows
 from flashserve.live.adapterrows import RegisteredAdapter
 from flashserve.live.arrivalrows import ArrivalArrays, ArrivalRows
 from flashserve.live.modelrows import DeployedModel
+from flashserve.live.usagerows import Accounts
 from flashserve.types import ModelId
 
 FILE_NAME = "catalogue.sqlite"
@@ -53,6 +54,7 @@ _MIGRATIONS = (
     adapterrows.SCHEMA,
     arrivalrows.SCHEMA,
     modelrows.BOUNDS_SCHEMA,
+    usagerows.SCHEMA,
 )
 """Entry v takes a file from schema version v to v + 1; released entries never change."""
 _CONVERSIONS = {2: arrivalrows.convert}
@@ -156,6 +158,18 @@ class Catalogue:
         while await self._change(lambda _, rows: rows.drop_oldest(before_day)):
             pass
 
+    async def add_usage(self, day: int, accounts: Accounts) -> None:
+        """Add to what is kept of a day; all or nothing."""
+        await self._run(lambda: _write_usage(self._db, day, accounts))
+
+    async def usage(self, first_day: int) -> Accounts:
+        """What was taken from that day on."""
+        return await self._run(lambda: usagerows.read(self._db, first_day))
+
+    async def drop_usage(self, before_day: int) -> None:
+        """Forget what was taken before that day."""
+        await self._run(lambda: _drop_usage(self._db, before_day))
+
     @property
     def _db(self) -> sqlite3.Connection:
         if self._connection is None:
@@ -255,6 +269,16 @@ def _delete_model(connection: sqlite3.Connection, rows: ArrivalRows, model_id: M
 def _delete_adapter(connection: sqlite3.Connection, rows: ArrivalRows, name: str) -> None:
     if base := adapterrows.delete_adapter(connection, name):
         rows.forget(series_of(base, name))
+
+
+def _write_usage(connection: sqlite3.Connection, day: int, accounts: Accounts) -> None:
+    with _transaction(connection):
+        usagerows.add(connection, day, accounts)
+
+
+def _drop_usage(connection: sqlite3.Connection, before_day: int) -> None:
+    with _transaction(connection):
+        usagerows.drop(connection, before_day)
 
 
 @contextlib.contextmanager

@@ -12,16 +12,22 @@ import structlog
 
 from flashserve.config import Settings
 from flashserve.control.controller import Controller
+from flashserve.control.shadow import Shadow
 from flashserve.errors import ConflictError, InputError
 from flashserve.live.catalogue import Catalogue
-from flashserve.live.runtime import Runtime
+from flashserve.live.runtime import MonotonicClock, Runtime
+from flashserve.live.savings import Savings
 from flashserve.live.service import Service
 from flashserve.node.agent import Agent
 from flashserve.node.client import Node
-from flashserve.policy.cost import UNMEASURED, Rates
+from flashserve.policy.cost import UNMEASURED, Prices, Rates
+from flashserve.policy.plans import Policy
+from flashserve.policy.registry import make_policy
 from flashserve.store.calibration import read_calibration
 
 _log = structlog.get_logger(__name__)
+ALWAYS_COMPARED = ("always-on", "keep-alive-10m")
+"""What the savings report compares with."""
 _LOCK_NAME = "server.lock"
 
 
@@ -38,7 +44,7 @@ async def launch(settings: Settings, nodes: Sequence[Node] | None = None) -> Asy
     Raises:
         ConflictError: another server has this data directory.
         CatalogueError: the durable record cannot be read; the message has the remedy.
-        InputError: the data directory or the arena cannot be made.
+        InputError: the data directory or the arena cannot be made, or no policy has the name.
     """
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(lock_data_dir(settings.data_dir))
@@ -46,17 +52,19 @@ async def launch(settings: Settings, nodes: Sequence[Node] | None = None) -> Asy
         stack.push_async_callback(catalogue.close)
         await catalogue.open()
         agent = Agent(settings)
+        clock, rates = MonotonicClock(), _measured_rates(settings.data_dir)
+        savings = _make_savings(settings, rates, catalogue, clock)
+        prices = Prices.of(settings.price)
+        policy = _make_policy("policy.name", settings.policy.name, prices)
         runtime = Runtime(
-            Controller(
-                settings.policy,
-                _measured_rates(settings.data_dir),
-                weights=settings.tenant_weights,
-            ),
+            Controller(settings.policy, rates, policy, prices, settings.tenant_weights),
             [agent] if nodes is None else nodes,
+            clock=clock,
+            observe=savings.observe,
         )
         stack.push_async_callback(runtime.close)
         await runtime.start()
-        service = Service(settings, runtime, catalogue)
+        service = Service(settings, runtime, catalogue, savings)
         stack.push_async_callback(service.close)
         agent.deployed = service.deployed
         await service.start()
@@ -83,6 +91,25 @@ def lock_data_dir(data_dir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def _make_savings(
+    settings: Settings, rates: Rates, catalogue: Catalogue, clock: MonotonicClock
+) -> Savings:
+    """With the shadows that it always has, and the one that the settings name."""
+    prices = Prices.of(settings.price)
+    policies = {name: make_policy(name, prices) for name in ALWAYS_COMPARED}
+    if name := settings.policy.shadow:
+        policies[name] = _make_policy("policy.shadow", name, prices)
+    shadows = [Shadow(policy, settings.policy, prices.slo_s, rates) for policy in policies.values()]
+    return Savings(settings.policy.name, shadows, prices, catalogue, clock.now)
+
+
+def _make_policy(setting: str, name: str, prices: Prices) -> Policy:
+    try:
+        return make_policy(name, prices)
+    except InputError as error:
+        raise InputError(f"setting {setting}: {error.message}") from None
 
 
 def _measured_rates(data_dir: Path) -> Rates:

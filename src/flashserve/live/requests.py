@@ -121,6 +121,10 @@ class ModelStatus:
     """Requests at once that a replica is meant to serve; None is as many as it can."""
     schedule: tuple[str, ...] = ()
     """Lines that change these three; they show what holds now."""
+    wanted_replicas: int = 0
+    """By the policy's last plan."""
+    plan: str = ""
+    """Why, with the numbers compared; empty where the keep-alive alone decides."""
     kv: KVUsage | None = None
     disk_bytes: int = 0
     """Of the disk tier, which holds what was fetched from remote sources."""

@@ -43,6 +43,7 @@ from flashserve.types import ModelId, NodeId, RequestId
 
 Mailbox = asyncio.Queue[RequestCommand]
 Watch = asyncio.Queue[tuple[Event, list[Command]]]
+Observer = Callable[[Event, Sequence[Command], float], None]
 
 _MAX_DECISIONS = 1000
 _MIN_TIMER_S = 0.001  # timers round to milliseconds: one that fires early must not spin
@@ -88,11 +89,14 @@ class Runtime:
         *,
         clock: Clock | None = None,
         unix_time: Callable[[], float] = time.time,
+        observe: Observer | None = None,
     ) -> None:
+        """Args: observe: is told every event with its commands and its time; does not raise."""
         self.controller = controller
         self.clock = clock or MonotonicClock()
         self.is_healthy = True
         self._unix_time = unix_time
+        self._observe = observe
         self._nodes = list(nodes)
         self._node_by_id: dict[NodeId, Node] = {}
         self._num_workers: dict[NodeId, int] = {}
@@ -203,14 +207,17 @@ class Runtime:
 
     def _handle(self, event: Event) -> list[Command] | None:
         """One event and its commands; None when it could not be handled."""
+        now = self.clock.now()
         try:
-            commands = self.controller.handle(event, self.clock.now())
+            commands = self.controller.handle(event, now)
             for command in commands:
                 self._execute(command)
             self._set_timer()
         except Exception:
             self._fail(event)
             return None
+        if self._observe is not None:
+            self._observe(event, commands, now)
         if isinstance(event, WorkersChanged):
             self._num_workers[event.node_id] = event.num_ready
         elif isinstance(event, NodeLost):

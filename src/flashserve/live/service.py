@@ -24,6 +24,7 @@ from flashserve.live.modelrows import DeployedModel
 from flashserve.live.names import Names
 from flashserve.live.requests import AdapterStatus, Decision, GenerationRequest, ModelStatus
 from flashserve.live.runtime import Runtime
+from flashserve.live.savings import Savings
 from flashserve.live.status import NO_STATS, Stats, gather_stats, gather_tiers, model_status
 from flashserve.live.text import encode_prompt
 from flashserve.live.tiers import bring_to_tier, take_from_tier
@@ -46,8 +47,11 @@ class Service:
     The runtime and the catalogue are started and closed by whoever made them (launcher.py).
     """
 
-    def __init__(self, settings: Settings, runtime: Runtime, catalogue: Catalogue) -> None:
+    def __init__(
+        self, settings: Settings, runtime: Runtime, catalogue: Catalogue, savings: Savings
+    ) -> None:
         self.settings = settings
+        self.savings = savings
         self.draining = False
         self._runtime = runtime
         names = Names()
@@ -74,6 +78,7 @@ class Service:
         self._tasks = [
             asyncio.create_task(self.demand.run(), name="demand"),
             asyncio.create_task(self._deployments.preload(), name="tokenizers"),
+            asyncio.create_task(self.savings.run(), name="savings"),
             asyncio.create_task(
                 follow(self._bounds, self._deployments.follow_schedules), name="schedules"
             ),
@@ -91,6 +96,7 @@ class Service:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
         await self.demand.close()
+        await self.savings.flush()
 
     @property
     def is_ready(self) -> bool:
@@ -229,6 +235,7 @@ class Service:
         """
         await self._deployments.delete(name)
         await self.demand.forget(ModelId(name))
+        self.savings.forget_model(ModelId(name))
 
     # Adapters
 

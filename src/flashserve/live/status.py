@@ -89,6 +89,8 @@ def model_status(
         max_replicas=spec.scaling.max_replicas,
         target=spec.scaling.target,
         schedule=model.bounds.schedule,
+        wanted_replicas=view.wanted_replicas,
+        plan=view.plan,
         kv=stats.kv.get(spec.model_id),
     )
 

@@ -16,6 +16,8 @@ import uvicorn
 import uvloop
 
 from flashserve.config import Settings
+from flashserve.control.ledger import Series
+from flashserve.control.usage import WorkerUsage
 from flashserve.errors import ConflictError, ModelNotFoundError, SourceError
 from flashserve.forecast.outlook import Forecast
 from flashserve.gateway.app import create_app
@@ -31,6 +33,9 @@ from flashserve.live.requests import (
     TokenLogprob,
     Usage,
 )
+from flashserve.live.savingsreport import Report, make_report
+from flashserve.live.usagerows import Accounts, Compared
+from flashserve.policy.cost import Prices
 from flashserve.policy.schedules import NO_BOUNDS, Bounds
 from flashserve.store.guard import ScrubReport
 from flashserve.store.reporting import ArenaReport, StoreReport, TierReport
@@ -144,6 +149,26 @@ class FakeDemand:
         return FORECAST
 
 
+class FakeSavings:
+    """One model that acme used for a while."""
+
+    def __init__(self) -> None:
+        self.since_start = Accounts(
+            usage={
+                Series(ModelId(MODEL), "", "acme"): WorkerUsage(30.0, 2.0, 60.0, 2.0, 3, 1, 1),
+                Series(ModelId(MODEL), "", ""): WorkerUsage(5.0, requests=1),
+            },
+            compared={("always-on", ModelId(MODEL)): Compared(WorkerUsage(idle_s=500.0, cold=4))},
+        )
+
+    def gather(self) -> None:
+        pass
+
+    async def report(self, num_days: int) -> Report:
+        first_day = 20_000 - num_days + 1
+        return make_report(self.since_start, "flashserve", Prices(), first_day, {})
+
+
 class FakeService:
     """plan: what each generation plays; refusal: raised by submit and deploy instead."""
 
@@ -161,6 +186,7 @@ class FakeService:
         self.generations: list[FakeGeneration] = []
         self.calls: list[tuple[object, ...]] = []
         self.statuses = {MODEL: status(MODEL)}
+        self.savings = FakeSavings()
         self.registry: dict[str, RegisteredAdapter] = {}
         self.was_submitted = threading.Event()
 

@@ -317,3 +317,27 @@ def test_metrics_have_the_age_of_the_forecasts_and_who_speaks(http: httpx.Client
     assert (
         'flashserve_forecast_series{model="hazard",why="cheapest for this series"} 1.0' in metrics
     )
+
+
+def test_savings_are_reported_by_model_adapter_and_tenant(http: httpx.Client) -> None:
+    report = http.get("/admin/v1/savings", params={"days": 3}).json()
+    assert (report["since"], report["policy"]) == ("2024-10-02", "flashserve")
+    assert report["total"]["busy_s"] == 35.0
+    assert [line["name"] for line in report["tenants"]] == ["acme", "default"]
+    (other,) = report["against"]
+    assert other["policy"] == "always-on"
+    for days in ("0", "36", "x"):
+        assert http.get("/admin/v1/savings", params={"days": days}).status_code == 400
+
+
+def test_metrics_say_what_models_and_tenants_took(http: httpx.Client) -> None:
+    samples = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(http.get("/metrics").text)
+        for sample in family.samples
+    }
+    assert samples["flashserve_worker_seconds_total", MODEL, "busy"] == 35.0
+    assert samples["flashserve_tenant_worker_seconds_total", "acme", "idle"] == 60.0
+    assert samples["flashserve_tenant_worker_seconds_total", "default", "busy"] == 5.0
+    assert samples["flashserve_shadow_worker_seconds", "always-on", "idle"] == 500.0
+    assert samples["flashserve_shadow_cold_requests", "always-on"] == 4

@@ -469,6 +469,64 @@ def test_bounds_that_cannot_be_met_are_refused_with_the_field(tmp_path: Path) ->
     play(tmp_path, scenario, deployed=False)
 
 
+def test_savings_are_counted_and_outlive_the_server(tmp_path: Path) -> None:
+    async def first(rig: Rig) -> None:
+        await rig.generate(tenant="acme")
+        report = await rig.service.savings.report(1)
+        assert (report.total.requests, report.total.cold) == (1, 1)
+        assert [line.name for line in report.tenants] == ["acme"]
+        assert [other.policy for other in report.against] == ["always-on", "keep-alive-10m"]
+
+    async def second(rig: Rig) -> None:
+        await rig.generate(tenant="labs")
+        report = await rig.service.savings.report(1)
+        assert report.total.requests == 2
+        assert {line.name for line in report.tenants} == {"acme", "labs"}
+        assert report.total.busy_s > 0
+
+    play(tmp_path, first)
+    play(tmp_path, second, deployed=False)
+
+
+def test_what_the_policy_did_and_why_is_shown(tmp_path: Path) -> None:
+    async def scenario(rig: Rig) -> None:
+        await rig.deploy(bounds=Bounds(min_replicas=1))
+        await rig.eventually(lambda: rig.service.model(M).state == "ready")
+        (start,) = rig.service.decisions(1)
+        assert start.action == "StartReplica"
+        assert start.reason == rig.service.model(M).reason
+        assert "ahead of requests: always on" in start.reason
+        assert "predicted" in start.reason
+        status = rig.service.model(M)
+        assert (status.wanted_replicas, status.plan) == (1, "always on")
+
+    play(tmp_path, scenario, deployed=False, name="always-on")
+
+
+def test_a_shadow_reports_what_it_would_have_done(tmp_path: Path) -> None:
+    async def scenario(rig: Rig) -> None:
+        await rig.generate()
+        report = await rig.service.savings.report(1)
+        assert report.policy == "keep-alive-1m"
+        assert "histogram" in {other.policy for other in report.against}
+        assert rig.service.settings.policy.shadow == "histogram"
+
+    play(tmp_path, scenario, name="keep-alive-1m", shadow="histogram")
+
+
+@pytest.mark.parametrize("setting", ["name", "shadow"])
+def test_an_unknown_policy_is_refused_with_those_that_there_are(
+    tmp_path: Path, setting: str
+) -> None:
+    async def scenario(_: Rig) -> None:
+        raise AssertionError
+
+    with pytest.raises(InputError, match=rf"^setting policy\.{setting}: .*always-on"):
+        play(tmp_path, scenario, **{setting: "clairvoyant"})
+    with pytest.raises(InputError, match="oracle"):
+        play(tmp_path, scenario, **{setting: "oracle"})
+
+
 def test_a_source_from_afar_must_be_allowed(tmp_path: Path) -> None:
     async def scenario(rig: Rig) -> None:
         with pytest.raises(ForbiddenError):

@@ -157,7 +157,7 @@ def test_nobody_starves(seed: int, places: int, num_tenants: int) -> None:
     assert quiet in server.running
 
 
-@given(st.lists(st.tuples(st.sampled_from("wsrxb"), st.integers(0, 5)), max_size=200))
+@given(st.lists(st.tuples(st.sampled_from("wsrxb"), st.integers(0, 5)), max_size=60))
 def test_the_index_agrees_with_the_rule(steps: list[tuple[str, int]]) -> None:
     shares = Shares()
     waiting: list[Request] = []
