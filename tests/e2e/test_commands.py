@@ -113,6 +113,42 @@ def test_decisions_say_why(server: Server) -> None:
     assert all(decision["reason"] for decision in decisions)
 
 
+def test_bounds_are_shown_and_contradictions_refused(server: Server, checkpoint: Path) -> None:
+    line = "daily 00:00-24:00 target=3"
+    bounds = ("--max-replicas", "2", "--schedule", line, "--schedule", "sat 08:00-9:00 max=1")
+    server.succeed("deploy", "bound", str(checkpoint), *bounds)
+    model = server.model("bound")
+    assert (model["min_replicas"], model["target"], model["schedule"][0]) == (0, 3, line)
+    server.succeed("delete", "bound")
+    for wrong in (("--min-replicas", "99"), ("--schedule", "mon 08:00-18:00 min=99")):
+        done = server.cli("deploy", "bound", str(checkpoint), *wrong)
+        assert done.returncode == 1
+        assert "min_replicas is 99, above" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_savings_say_what_the_models_took(server: Server) -> None:
+    server.ask(max_tokens=2)
+    report = json.loads(server.succeed("savings", "--days", "1", "--json"))
+    [model] = [line for line in report["models"] if line["name"] == MODEL]
+    assert model["requests"] >= 1
+    assert model["busy_s"] > 0
+    assert {other["policy"] for other in report["against"]} == {"always-on", "keep-alive-10m"}
+    assert not report["broken"]
+    assert "always-on" in server.succeed("savings")
+
+
+def test_an_unknown_policy_is_refused_with_those_that_there_are(
+    server: Server, tmp_path: Path
+) -> None:
+    for option, setting in (("--policy", "name"), ("--shadow", "shadow")):
+        done = server.cli("serve", "--port", "0", "--data-dir", str(tmp_path), option, "seer")
+        assert done.returncode == 1
+        assert f"policy.{setting}: no policy is named 'seer'" in done.stderr
+        assert "always-on" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
 def test_a_second_server_on_the_same_directory_is_refused(server: Server) -> None:
     done = server.cli("serve")
     assert done.returncode == 1

@@ -61,6 +61,8 @@ def _share_queue(
     if most is None or not admission.gives_way(most, request.tenant, request.weight, own):
         return [orders.reject(request, refusal)]
     last = model.shares.last_of(most.tenant)
+    if last is None:
+        return [orders.reject(request, refusal)]
     gave_way = admission.refuse_excess(
         model.model_id,
         len(model.waiting),

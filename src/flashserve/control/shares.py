@@ -93,9 +93,10 @@ class Shares:
         known = self._tenants.get(tenant)
         return len(known.waiting) if known else 0
 
-    def last_of(self, tenant: str) -> Request:
-        """The request that has waited least."""
-        return next(reversed(self._tenants[tenant].waiting.values()))
+    def last_of(self, tenant: str) -> Request | None:
+        """Its latest request of which nothing was answered yet; None when there is none."""
+        waiting = reversed(self._tenants[tenant].waiting.values())
+        return next((request for request in waiting if request.dispatched_at is None), None)
 
     def _tenant(self, request: Request) -> _Tenant:
         known = self._tenants.get(request.tenant)

@@ -51,11 +51,11 @@ async def launch(settings: Settings, nodes: Sequence[Node] | None = None) -> Asy
         catalogue = Catalogue(settings.data_dir)
         stack.push_async_callback(catalogue.close)
         await catalogue.open()
-        agent = Agent(settings)
         clock, rates = MonotonicClock(), _measured_rates(settings.data_dir)
-        savings = _make_savings(settings, rates, catalogue, clock)
         prices = Prices.of(settings.price)
         policy = _make_policy("policy.name", settings.policy.name, prices)
+        savings = _make_savings(settings, prices, rates, catalogue, clock)
+        agent = Agent(settings)
         runtime = Runtime(
             Controller(settings.policy, rates, policy, prices, settings.tenant_weights),
             [agent] if nodes is None else nodes,
@@ -94,10 +94,9 @@ def lock_data_dir(data_dir: Path) -> Iterator[None]:
 
 
 def _make_savings(
-    settings: Settings, rates: Rates, catalogue: Catalogue, clock: MonotonicClock
+    settings: Settings, prices: Prices, rates: Rates, catalogue: Catalogue, clock: MonotonicClock
 ) -> Savings:
     """With the shadows that it always has, and the one that the settings name."""
-    prices = Prices.of(settings.price)
     policies = {name: make_policy(name, prices) for name in ALWAYS_COMPARED}
     if name := settings.policy.shadow:
         policies[name] = _make_policy("policy.shadow", name, prices)

@@ -122,6 +122,17 @@ def test_a_full_queue_refuses_the_latest_of_the_tenant_with_most_of_it() -> None
     assert "acme" not in server.rejected[flood[3]].message
 
 
+def test_an_answer_that_was_begun_does_not_give_way() -> None:
+    server = Server(places=2, queue_limit=2)
+    begun = [server.arrive("flood") for _ in range(2)]
+    server.be_ready()
+    server.lose()
+    newcomer = server.arrive("acme")
+    assert list(server.rejected) == [newcomer]
+    server.be_ready()
+    assert server.running == begun
+
+
 def test_one_tenant_alone_is_first_come_first_served() -> None:
     server = Server(places=1, queue_limit=2)
     arrived = [server.arrive("") for _ in range(4)]
