@@ -215,6 +215,8 @@ class Shadow:
         model.settle(now)
         self._gone.setdefault(model_id, WorkerUsage()).add(model.take_usage())
         self._active.pop(model_id, None)
+        while ran := model.next_waiting():
+            del self._requests[ran.request_id]
         model.is_deleted = True
         self.policy.forget(model_id)
         self._estimates.forget(model_id)

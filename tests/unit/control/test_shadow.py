@@ -213,6 +213,15 @@ def test_a_deleted_model_is_forgotten_once_it_is_accounted_for() -> None:
     assert world.usage(50.0).held_s == 0.0
 
 
+def test_nothing_of_a_deleted_model_stays() -> None:
+    world = World1(FixedKeepAlive(0.0))
+    for i in range(9):
+        request_id = RequestId(str(i))
+        world.tell(RequestArrived(request_id, M), 10.0, Reject(request_id, "queue_full", "full"))
+    world.tell(ModelDeleted(M), 10.1)
+    assert not world.shadow._requests
+
+
 @settings(max_examples=25)
 @given(st.integers(0, 10_000), st.sampled_from([0.0, 5.0, 60.0]))
 def test_with_room_for_all_the_shadow_of_the_same_policy_takes_what_the_server_takes(
