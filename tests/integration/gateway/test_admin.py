@@ -337,7 +337,7 @@ def test_metrics_say_what_models_and_tenants_took(http: httpx.Client) -> None:
         for sample in family.samples
     }
     assert samples["flashserve_worker_seconds_total", MODEL, "busy"] == 35.0
-    assert samples["flashserve_tenant_worker_seconds_total", "acme", "idle"] == 60.0
-    assert samples["flashserve_tenant_worker_seconds_total", "default", "busy"] == 5.0
+    assert samples["flashserve_tenant_worker_seconds_total", "idle", "acme"] == 60.0
+    assert samples["flashserve_tenant_worker_seconds_total", "busy", "default"] == 5.0
     assert samples["flashserve_shadow_worker_seconds", "always-on", "idle"] == 500.0
     assert samples["flashserve_shadow_cold_requests", "always-on"] == 4
