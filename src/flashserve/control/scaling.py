@@ -19,7 +19,7 @@ from flashserve.control.state import State
 from flashserve.messages.commands import Command
 from flashserve.messages.events import BoundsChanged, ForecastReady
 from flashserve.policy import keepalive
-from flashserve.policy.cost import WorkerState, predict_start
+from flashserve.policy.cost import WorkerState, startup_s
 from flashserve.policy.placement import place
 from flashserve.policy.plans import Facts
 from flashserve.types import NodeId, Scaling, Tier
@@ -99,7 +99,7 @@ def _facts(state: State, model: Model) -> Facts:
         model.model_id,
         model.spec.size_bytes,
         tier,
-        predict_start(model.spec.size_bytes, tier, costs).startup_s,
+        startup_s(model.spec.size_bytes, tier, costs),
         state.estimates.value(Quantity.PREFILL_S, model.model_id),
         state.estimates.value(Quantity.RUN_S, model.model_id),
         state.max_sequences,
@@ -211,7 +211,6 @@ def _is_worth(state: State, node: Node, model: Model, now: float) -> bool:
     if model.num_serving < model.spec.scaling.min_replicas:
         return True
     costs = state.estimates.costs(node.node_id, model.model_id, WorkerState.SPARE)
-    start = predict_start(model.spec.size_bytes, state.tier_on(model, node), costs)
-    return room.gives_way(
-        state, node, model, start.startup_s * (model.plan.rate_per_s or 0.0), now, for_replica=True
-    )
+    saved_s = startup_s(model.spec.size_bytes, state.tier_on(model, node), costs)
+    worth = saved_s * (model.plan.rate_per_s or 0.0)
+    return room.gives_way(state, node, model, worth, now, for_replica=True)

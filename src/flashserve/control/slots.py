@@ -22,8 +22,9 @@ from flashserve.policy.cost import WorkerState, extent_bytes
 from flashserve.policy.placement import NodeView, place
 from flashserve.types import NodeId
 
-_NUM_CANDIDATES = 16
+_NUM_ALL = 16
 """With more nodes than that, the likeliest ones are compared and not all."""
+_NUM_LIKELY = 6
 _NUM_MISSES = 8
 """After so many models that fit nowhere, the rest of the line waits for the next event."""
 _NUM_BUSY = 64
@@ -79,8 +80,9 @@ def candidates(
             and node.has_room(model.spec)
         )
 
-    pool = state.nodes.values() if len(state.nodes) <= _NUM_CANDIDATES else _likely(state, model)
-    return list(islice(filter(suits, pool), _NUM_CANDIDATES))
+    if len(state.nodes) <= _NUM_ALL:
+        return list(filter(suits, state.nodes.values()))
+    return list(islice(filter(suits, _likely(state, model)), _NUM_LIKELY))
 
 
 def _likely(state: State, model: Model) -> Iterator[Node]:
@@ -144,7 +146,7 @@ def _nodes_to_claim(state: State, model: Model) -> Iterable[Node]:
         nodes[model.claim] = state.nodes[model.claim]
     for replica in islice(state.busy.values(), _NUM_BUSY):
         nodes.setdefault(replica.node_id, state.nodes[replica.node_id])
-    for node in islice(state.nodes.values(), _NUM_CANDIDATES):
+    for node in islice(state.nodes.values(), _NUM_ALL):
         nodes.setdefault(node.node_id, node)
     return nodes.values()
 

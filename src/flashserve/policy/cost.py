@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Self
+from typing import NamedTuple, Self
 
 from flashserve.config import PriceSettings
 from flashserve.types import Phases, Tier
@@ -26,8 +26,7 @@ class WorkerState(enum.Enum):
     STARTING = "a worker that is itself still starting"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Costs:
+class Costs(NamedTuple):
     """What a start costs on one node. Rates leave the tier that they are named after."""
 
     remote_bytes_per_s: float
@@ -96,6 +95,16 @@ def predict_start(size_bytes: int, tier: Tier, costs: Costs) -> Phases:
         device_s=size_bytes / costs.dram_bytes_per_s,
         init_s=costs.init_s,
     )
+
+
+def startup_s(size_bytes: int, tier: Tier, costs: Costs) -> float:
+    """The sum of `predict_start`, for who compares many."""
+    seconds = costs.place_s + costs.init_s + size_bytes / costs.dram_bytes_per_s
+    if tier < Tier.DRAM:
+        seconds += size_bytes / costs.disk_bytes_per_s
+    if tier < Tier.DISK:
+        seconds += size_bytes / costs.remote_bytes_per_s
+    return seconds
 
 
 def remaining(start: Phases, elapsed_s: float) -> Phases:

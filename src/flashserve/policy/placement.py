@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from flashserve.policy import text
-from flashserve.policy.cost import Costs, predict_start
+from flashserve.policy.cost import Costs, predict_start, startup_s
 from flashserve.types import NodeId, Phases, Tier
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class NodeView:
+class NodeView(NamedTuple):
     """A node that could take the model now, or after stopping and evicting what is not in use."""
 
     node_id: NodeId
@@ -35,19 +35,14 @@ def place(nodes: Iterable[NodeView], size_bytes: int) -> Placement | None:
     Ties go to the node with more free slots, then more free memory, then the smaller identifier.
     """
     ranked = sorted(
-        ((predict_start(size_bytes, node.tier, node.costs), node) for node in nodes),
-        key=lambda pair: (
-            pair[0].startup_s,
-            -pair[1].free_slots,
-            -pair[1].free_bytes,
-            pair[1].node_id,
-        ),
+        (startup_s(size_bytes, node.tier, node.costs), -node.free_slots, -node.free_bytes, node)
+        for node in nodes
     )
     if not ranked:
         return None
-    phases, best = ranked[0]
-    reason = f"{best.tier.label} on {best.node_id}: {text.seconds(phases.startup_s)} predicted"
+    best_s, *_, best = ranked[0]
+    reason = f"{best.tier.label} on {best.node_id}: {text.seconds(best_s)} predicted"
     if len(ranked) > 1:
-        other_phases, other = ranked[1]
-        reason += f", next best {other.node_id} {text.seconds(other_phases.startup_s)}"
-    return Placement(best.node_id, phases, reason)
+        other_s, *_, other = ranked[1]
+        reason += f", next best {other.node_id} {text.seconds(other_s)}"
+    return Placement(best.node_id, predict_start(size_bytes, best.tier, best.costs), reason)

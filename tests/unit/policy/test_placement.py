@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
-
 from flashserve.policy.cost import Costs
 from flashserve.policy.placement import NodeView, place
 from flashserve.types import NodeId, Tier
@@ -19,7 +17,7 @@ COSTS = Costs(
 def view(
     name: str, tier: Tier = Tier.DISK, slots: int = 1, free: int = GB, **costs: float
 ) -> NodeView:
-    return NodeView(NodeId(name), tier, dataclasses.replace(COSTS, **costs), slots, free)
+    return NodeView(NodeId(name), tier, COSTS._replace(**costs), slots, free)
 
 
 def test_nowhere_to_place() -> None:
