@@ -97,9 +97,7 @@ def node_lost(state: State, event: NodeLost, now: float) -> list[Command]:
 def _lose(state: State, node: Node, why: str, now: float) -> list[Command]:
     """Everything on the node is gone, and its requests go on elsewhere."""
     state.forget_bytes(node)
-    commands: list[Command] = []
-    for replica in list(node.replicas.values()):
-        commands += replicas.lose(state, replica, why, now)
+    commands = replicas.lose_all(state, list(node.replicas.values()), why, now)
     state.remove_node(node)
     return commands
 

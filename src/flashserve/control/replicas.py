@@ -97,14 +97,23 @@ def stopped(state: State, event: ReplicaStopped, now: float) -> list[Command]:
 
 def lose(state: State, replica: Replica, why: str, now: float) -> list[Command]:
     """A replica is gone without our order; its requests go on elsewhere."""
-    node, model = state.nodes[replica.node_id], state.models[replica.model_id]
-    interrupted = state.take_in_flight(replica)
-    state.remove_replica(replica, now)
-    if replica.model.source != model.spec.source:
-        commands = requests.reject_replaced(interrupted)
-    else:
-        commands = requests.go_on(state, model, interrupted, why, now)
-    return commands + orders.after_removal(state, node, model)
+    return lose_all(state, [replica], why, now)
+
+
+def lose_all(state: State, lost: list[Replica], why: str, now: float) -> list[Command]:
+    """Replicas are gone together: none of their requests goes on with another of them."""
+    taken = [(replica, state.take_in_flight(replica)) for replica in lost]
+    for replica in lost:
+        state.remove_replica(replica, now)
+    commands: list[Command] = []
+    for replica, interrupted in taken:
+        node, model = state.nodes[replica.node_id], state.models[replica.model_id]
+        if replica.model.source != model.spec.source:
+            commands += requests.reject_replaced(interrupted)
+        else:
+            commands += requests.go_on(state, model, interrupted, why, now)
+        commands += orders.after_removal(state, node, model)
+    return commands
 
 
 def keep_alive_over(state: State, replica_id: ReplicaId, now: float) -> list[Command]:

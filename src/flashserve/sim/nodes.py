@@ -184,7 +184,7 @@ class ModelledNode:
         if replica.use is Use.IDLE:
             self._use(replica, Use.BUSY, now)
         replica.engine.add(job, now)
-        self._plan(replica)
+        self._plan(replica, now)
 
     def suffer(self, event: Event, now: float) -> None:
         """A fault, which the controller is told as well."""
@@ -308,7 +308,7 @@ class ModelledNode:
         if replica.engine is not None:
             replica.engine.open(now)
             self._loaded(replica, now)
-            self._plan(replica)
+            self._plan(replica, now)
 
     def _ready(self, replica: ModelledReplica, phases: Phases, now: float) -> None:
         if replica.is_gone:
@@ -422,10 +422,10 @@ class ModelledNode:
 
     # Engines
 
-    def _plan(self, replica: ModelledReplica) -> None:
+    def _plan(self, replica: ModelledReplica, now: float) -> None:
         assert replica.engine is not None
         assert replica.wake is not None
-        at = replica.engine.next_at
+        at = max(replica.engine.next_at, now)  # sums of steps may fall a rounding short
         if at < replica.wake_at:  # what was planned for later comes too, and finds nothing to do
             replica.wake_at = at
             self._call_at(at, replica.wake)
@@ -440,7 +440,7 @@ class ModelledNode:
             self._emit(RequestFinished(job.request_id, max(prefill_s, 0.0)))
         if not replica.num_jobs and replica.use is Use.BUSY:
             self._use(replica, Use.IDLE, now)
-        self._plan(replica)
+        self._plan(replica, now)
 
     # Accounts
 
