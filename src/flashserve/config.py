@@ -214,9 +214,9 @@ class PolicySettings(_Section):
     slot_patience_s: float = Field(10.0, ge=0)
     """A model that has waited so long for a slot gets the next one: the replica that has been
     busy longest takes no further requests and stops when its running ones are done."""
-    max_replicas: PositiveInt | None = None
-    """Most replicas of a model that has no bound of its own; None is one on a processor, and as
-    many as there are workers on accelerators."""
+    max_replicas: PositiveInt = 1
+    """Most replicas of a model that has no bound of its own. More than one helps where each worker
+    has an accelerator; on a processor they share the same cores."""
     failure_backoff_s: float = Field(5.0, ge=0)
     """After a failed start, requests get the same error for so long before another is tried."""
 
@@ -282,9 +282,9 @@ class PriceSettings(_Section):
     dram_gb_per_hour: Amount = 0.004445
     """Of 10^9 bytes of host memory."""
     disk_gb_per_hour: Amount = 0.000111
-    wait_per_s: Amount = 0.005
+    wait_per_s: Amount = 0.05
     """Of a second that a request waits for a start."""
-    slo_miss: Amount = 0.02
+    slo_miss: Amount = 0.2
     """Of a first token that a start made later than slo_s, on top of the wait."""
     slo_s: float = Field(1.0, gt=0, allow_inf_nan=False)
 

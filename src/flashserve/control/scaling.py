@@ -125,7 +125,7 @@ def _nearest(state: State, model: Model) -> tuple[NodeId, Tier]:
 def bounds(state: State, model: Model) -> Scaling:
     """The model's, with the server's where it has none."""
     scaling = model.spec.scaling
-    most = scaling.max_replicas or state.settings.max_replicas or 1
+    most = scaling.max_replicas or state.settings.max_replicas
     return Scaling(scaling.min_replicas, max(most, scaling.min_replicas), scaling.target)
 
 

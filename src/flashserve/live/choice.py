@@ -13,6 +13,9 @@ from flashserve.live.text import ModelText
 from flashserve.messages.work import GenerateJob
 from flashserve.types import AdapterId, RequestId, SamplingParams, TokenOutput
 
+_PREFIX_TOKENS = 64
+"""Prompts that share as many are taken to share what a replica has cached of them."""
+
 
 class Choice:
     """Keeps what has been emitted, so that any replica can go on where another one stopped."""
@@ -46,6 +49,15 @@ class Choice:
         self._matcher = StopMatcher(stop)
         self._emitted_ids: list[int] = []
         self._num_jobs = 0
+
+    @property
+    def prefix(self) -> int | None:
+        """Equal for prompts that begin with the same tokens, under the same adapter; None for
+        prompts that are too short to share anything.
+        """
+        if not self._reuse_prefix or len(self._prompt_ids) < _PREFIX_TOKENS:
+            return None
+        return hash((self._adapter_id, self._prompt_ids[:_PREFIX_TOKENS]))
 
     @property
     def num_tokens(self) -> int:

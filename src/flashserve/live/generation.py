@@ -98,6 +98,7 @@ class Generation:
             deadline_s,
             adapter=self._adapter,
             tenant=self._tenant,
+            prefix=self._choices[0].prefix,
         )
         self._runtime.post(arrival)
         try:

@@ -60,7 +60,7 @@ class Anything(RuleBasedStateMachine):
         deadline=st.sampled_from([5.0, 1e5]),
         keep_alive=st.sampled_from([0.0, 5.0, 300.0]),
         policy=st.sampled_from(sorted(POLICIES)),
-        max_replicas=st.sampled_from([None, 2]),
+        max_replicas=st.sampled_from([1, 2]),
     )
     def begin(
         self,
@@ -70,7 +70,7 @@ class Anything(RuleBasedStateMachine):
         deadline: float,
         keep_alive: float,
         policy: str,
-        max_replicas: int | None,
+        max_replicas: int,
     ) -> None:
         self.fleet = Fleet(
             PolicySettings(
@@ -256,7 +256,7 @@ def check_accounts(fleet: Fleet) -> None:
 def check_bounds(fleet: Fleet, known: Model) -> None:
     """No more replicas than the model may have were started; idle ones beyond that are stopped."""
     scaling = known.spec.scaling
-    most = max(scaling.max_replicas or fleet.settings.max_replicas or 1, scaling.min_replicas)
+    most = max(scaling.max_replicas or fleet.settings.max_replicas, scaling.min_replicas)
     assert known.plan.replicas <= most
     kept = [r for r in known.replicas.values() if r.is_kept]
     if fleet.controller._state.policy.shares_slots:

@@ -10,7 +10,7 @@ from tests.unit.live.tiny import END, byte_text
 from flashserve.errors import InternalError
 from flashserve.live.choice import Choice
 from flashserve.live.requests import TextChunk
-from flashserve.types import RequestId, SamplingParams, TokenOutput
+from flashserve.types import AdapterId, RequestId, SamplingParams, TokenOutput
 
 TEXT = byte_text()
 
@@ -120,3 +120,25 @@ def test_logprobs_tell_the_bytes_of_each_token() -> None:
     assert logprobs[0].top == (("a", b"a", -0.5), ("<|end|>", b"<|end|>", -2.0))
     assert b"".join(part.token_bytes for part in logprobs[1:]).decode() == "€"
     assert choice().push([TokenOutput(0, 5)]).logprobs is None
+
+
+def prompt(ids: tuple[int, ...], adapter: str | None = None, *, reuse: bool = True) -> Choice:
+    return Choice(
+        0,
+        RequestId("r"),
+        ids,
+        SamplingParams(),
+        stop=(),
+        text=TEXT,
+        reuse_prefix=reuse,
+        adapter_id=None if adapter is None else AdapterId(adapter),
+    )
+
+
+def test_prompts_that_begin_alike_have_the_same_prefix_and_short_ones_none() -> None:
+    system = tuple(range(64))
+    assert prompt((*system, 7)).prefix == prompt((*system, 8, 9)).prefix
+    assert prompt((*system, 7)).prefix != prompt((0, *system)).prefix
+    assert prompt((*system, 7)).prefix != prompt((*system, 7), "polite@1").prefix
+    assert prompt(system[:-1]).prefix is None
+    assert prompt(system, reuse=False).prefix is None
