@@ -44,7 +44,8 @@ class _Baseline(abc.ABC):
 def _steady(chance: Floats, mean: Floats, leads: Sequence[int]) -> Prediction:
     """Every coming minute like the next one; chance and mean of a minute: [series]."""
     steps = np.asarray(leads, np.float64)
-    return poisson_prediction(mean[:, None] * steps, 1 - (1 - chance[:, None]) ** steps)
+    quiet = np.log1p(-np.minimum(chance, 1 - 1e-15))
+    return poisson_prediction(mean[:, None] * steps, -np.expm1(quiet[:, None] * steps))
 
 
 def _within(path: Floats, leads: Sequence[int]) -> Prediction:

@@ -42,16 +42,16 @@ class History:
         return History(self.names, self.start, self.counts[:, : max(minute - self.start, 0)])
 
 
-Rows = npt.NDArray[np.intp] | slice
+Index = npt.NDArray[np.intp] | slice
 
 
 class Prediction:
     """Counts of each series in [end, end + lead) for each lead, as distributions.
 
     p_arrival: [series, leads], P(count >= 1). mean: [series, leads]. quantiles:
-    [series, leads, QUANTILE_LEVELS] of the count, or a function that makes those of some series:
-    they cost the most and are made only for who asks. components: by name (trend, daily, weekly,
-    residual, hazard), [series], what the forecast is made of, as far as the model knows.
+    [series, leads, QUANTILE_LEVELS] of the count, or a function that makes those of some series and
+    leads: they cost the most and are made only for who asks. components: by name (trend, daily,
+    weekly, residual, hazard), [series], what the forecast is made of, as far as the model knows.
     """
 
     __slots__ = ("_quantiles", "components", "mean", "p_arrival")
@@ -60,7 +60,7 @@ class Prediction:
         self,
         p_arrival: Floats,
         mean: Floats,
-        quantiles: Floats | Callable[[Rows], Floats],
+        quantiles: Floats | Callable[[Index, Index], Floats],
         components: dict[str, Floats] | None = None,
     ) -> None:
         self.p_arrival = p_arrival
@@ -71,18 +71,14 @@ class Prediction:
     @property
     def quantiles(self) -> Floats:
         if callable(self._quantiles):
-            self._quantiles = self._quantiles(slice(None))
+            self._quantiles = self._quantiles(slice(None), slice(None))
         return self._quantiles
 
-    def take(self, rows: npt.NDArray[np.intp]) -> Prediction:
-        """The same of some series only, in the order of `rows`."""
-        made = self._quantiles
-        return Prediction(
-            self.p_arrival[rows],
-            self.mean[rows],
-            (lambda some: made(rows[some])) if callable(made) else made[rows],
-            {name: part[rows] for name, part in self.components.items()},
-        )
+    def quantiles_of(self, rows: Index, leads: Index) -> Floats:
+        """Those of some series and leads only: [rows, leads, QUANTILE_LEVELS]."""
+        if callable(self._quantiles):
+            return self._quantiles(rows, leads)
+        return self._quantiles[rows][:, leads]
 
 
 class ArrivalModel(Protocol):

@@ -19,7 +19,7 @@ _BISECTIONS = 60
 def poisson_prediction(mean: Floats, p_arrival: Floats | None = None) -> Prediction:
     """Poisson counts. mean: [series, leads]; p_arrival: instead of the Poisson's own chance."""
     p = -np.expm1(-mean) if p_arrival is None else p_arrival
-    return Prediction(p, mean, lambda rows: poisson_quantiles(mean[rows]))
+    return Prediction(p, mean, lambda rows, leads: poisson_quantiles(mean[rows][:, leads]))
 
 
 def poisson_quantiles(mean: Floats, levels: Sequence[float] = QUANTILE_LEVELS) -> Floats:

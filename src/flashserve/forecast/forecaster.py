@@ -205,7 +205,7 @@ class Forecaster:
         entries = list(self._pending.entries())
         return {
             "version": VERSION,
-            "model": self._model.name,
+            "model": _identity(self._model),
             "minute": self.minute,
             "num_rows": self._num_rows,
             "names": np.array(list(self._row_of), dtype=np.str_),
@@ -237,10 +237,10 @@ class Forecaster:
             raise InputError(
                 f"the forecaster's state is damaged ({error!r}): replay the history"
             ) from error
-        if version != VERSION or name != model.name:
+        if version != VERSION or name != _identity(model):
             raise InputError(
                 f"the forecaster's state is of version {version} and the model {name}, "
-                f"not {VERSION} and {model.name}: replay the history"
+                f"not {VERSION} and {_identity(model)}: replay the history"
             )
         free = set(range(num_rows)) - set(rows)
         if len(free) + len(row_of) != num_rows or len(set(rows)) != len(row_of):
@@ -285,7 +285,7 @@ class Forecaster:
         if self._said is None:
             self._said = self._follower.forecast(GRID)
         rows = self._rows(names)
-        said = read_between(self._said.take(rows), leads_s)
+        said = read_between(self._said, rows, leads_s)
         models, whys = self._sources(rows)
         return Outlook(
             tuple(names),
@@ -303,3 +303,9 @@ class Forecaster:
         if isinstance(self._follower, Choosing):
             return cast("Choosing", self._follower).sources(rows)
         return [self._model.name] * len(rows), ["the only model"] * len(rows)
+
+
+def _identity(model: FollowingModel) -> str:
+    """Its name, and those of the candidates that it follows in turn."""
+    followed = [candidate.name for candidate in getattr(model, "candidates", ())]
+    return f"{model.name} ({', '.join(followed)})" if followed else model.name

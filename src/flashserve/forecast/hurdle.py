@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flashserve.forecast.core import MAX_COUNT, QUANTILE_LEVELS, Floats, Prediction
+from flashserve.forecast.core import MAX_COUNT, QUANTILE_LEVELS, Floats, Index, Prediction
 
 # Acklam's rational approximation of the normal quantile (relative error 1.15e-9), public domain:
 # the central region and the lower tail.
@@ -76,9 +76,11 @@ def hurdle_prediction(
     extra = np.clip(np.nan_to_num(extra, posinf=MAX_COUNT), 0.0, MAX_COUNT)
     shape = np.nan_to_num(shape, nan=1.0)
     mean = np.maximum.accumulate(p * (1 + extra), axis=1)
-    return Prediction(
-        p, mean, lambda rows: _quantiles(p[rows], extra[rows], shape[rows]), components
-    )
+
+    def quantiles(rows: Index, leads: Index) -> Floats:
+        return _quantiles(*(part[rows][:, leads] for part in (p, extra, shape)))
+
+    return Prediction(p, mean, quantiles, components)
 
 
 def _quantiles(p: Floats, extra: Floats, shape: Floats) -> Floats:

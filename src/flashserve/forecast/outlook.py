@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from flashserve.forecast.core import QUANTILE_LEVELS, Floats, Prediction
+from flashserve.forecast.core import QUANTILE_LEVELS, Floats, Index, Prediction
 from flashserve.forecast.hurdle import at_leads, p_at_leads
 from flashserve.types import ModelId, SeriesForecast
 
@@ -17,7 +17,7 @@ GRID = (1, 2, 5, 10, 20, 30, 60)
 MAX_LEAD_S = 86_400.0
 # A forecast is said again when it moved by this share of itself.
 _CHANGE = 0.1
-_UPPER = QUANTILE_LEVELS.index(0.9)
+UPPER = QUANTILE_LEVELS.index(0.9)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Forecast:
             self.leads_s,
             self.p_arrival,
             self.mean,
-            tuple(levels[_UPPER] for levels in self.quantiles),
+            tuple(levels[UPPER] for levels in self.quantiles),
             f"{self.model}: {self.why}",
         )
 
@@ -73,7 +73,7 @@ class Outlook:
     @property
     def upper(self) -> Floats:
         """The 90 % quantile of the count: [series, leads]."""
-        upper: Floats = self.quantiles[..., _UPPER]
+        upper: Floats = self.quantiles[..., UPPER]
         return upper
 
     def forecast(self, row: int) -> Forecast:
@@ -141,19 +141,38 @@ def check_leads(leads_s: Sequence[float]) -> tuple[float, ...]:
     return leads
 
 
-def read_between(said: Prediction, leads_s: Sequence[float]) -> Prediction:
-    """A prediction for the leads of GRID, read at others: [series, leads_s].
+def read_between(
+    said: Prediction, rows: npt.NDArray[np.intp], leads_s: Sequence[float]
+) -> Prediction:
+    """A prediction for the leads of GRID, read for some series at others: [rows, leads_s].
 
     Hazards and rates are steady between the leads of the grid. Whatever the reading, a quantile is
     zero exactly where no arrival is likely enough, and a mean is not below P(arrival).
     """
-    minutes = [lead / 60 for lead in leads_s]
-    p = p_at_leads(GRID, said.p_arrival, minutes)
-    mean = np.maximum(at_leads(GRID, said.mean, minutes), p)
-    levels = np.moveaxis(said.quantiles, 1, 2).reshape(-1, len(GRID))
-    read = at_leads(GRID, levels, minutes).reshape(len(p), len(QUANTILE_LEVELS), len(minutes))
-    counts = np.ceil(np.moveaxis(read, 2, 1) - 1e-9)
-    return Prediction(p, mean, coherent(counts, p), said.components)
+    minutes = (np.asarray(leads_s) / 60).tolist()
+    p = _ascending(p_at_leads(GRID, said.p_arrival[rows], minutes))
+    mean = _ascending(np.maximum(at_leads(GRID, said.mean[rows], minutes), p))
+    # Only the leads beside those that are wanted.
+    right = np.clip(np.searchsorted(GRID, minutes), 1, len(GRID) - 1)
+    used = np.unique([right - 1, right])
+
+    def quantiles(some: Index, leads: Index) -> Floats:
+        levels = np.moveaxis(said.quantiles_of(rows[some], used), 1, 2)
+        near = at_leads(
+            np.array(GRID)[used].tolist(), levels.reshape(-1, len(used)), minutes
+        ).reshape(*levels.shape[:2], len(minutes))
+        counts = np.ceil(np.moveaxis(near, 2, 1) - 1e-9)
+        agreed = coherent(np.maximum.accumulate(counts, axis=2), p[some])
+        return _ascending(agreed)[:, leads]
+
+    return Prediction(
+        p, mean, quantiles, {name: part[rows] for name, part in said.components.items()}
+    )
+
+
+def _ascending(values: Floats) -> Floats:
+    """With the lead, which is the second axis."""
+    return np.maximum.accumulate(values, axis=1)
 
 
 def coherent(quantiles: Floats, p_arrival: Floats) -> Floats:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from flashserve.errors import InputError
 from flashserve.forecast.arima import Arima, next_gap
+from flashserve.forecast.auto import AutoModel, default_candidates
 from flashserve.forecast.baselines import Ewma, Fourier, Kalman, Naive, SeasonalNaive
 from flashserve.forecast.boosted import BoostedModel
 from flashserve.forecast.core import ArrivalModel
@@ -34,6 +35,9 @@ MODELS: dict[str, Callable[[int], ArrivalModel]] = {
     "ski-rental": lambda _seed: SkiRental(),
     "hazard": lambda _seed: HazardModel(),
     "hybrid": lambda seed: NetworkModel(settings=TrainSettings(seed=seed)),
+    "auto": lambda seed: AutoModel(
+        [*default_candidates(), NetworkModel(settings=TrainSettings(seed=seed))]
+    ),
     "boosted": BoostedModel,
     "prophet-lstm": ProphetLstm,
 }

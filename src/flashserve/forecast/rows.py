@@ -68,12 +68,14 @@ class Layout:
         for place in self._of_series():
             both = [place.read(follower), place.read(more)]
             place.write(follower, np.concatenate(both, axis=place.axis))
+        _refresh(follower)
 
     def overwrite(self, follower: Follower, rows: Rows, fresh: Follower) -> None:
         """Put the series of `fresh` in the place of those in `rows`."""
         for place in self._of_series():
             table = np.moveaxis(place.read(follower), place.axis or 0, 0)
             table[rows] = np.moveaxis(place.read(fresh), place.axis or 0, 0)
+        _refresh(follower)
 
     def set_minute(self, follower: Follower, minute: int) -> None:
         """Set its clock, without telling it that time went by."""
@@ -110,9 +112,16 @@ class Layout:
                     "replay the history"
                 )
             place.write(follower, table)
+        _refresh(follower)
 
     def _of_series(self) -> Iterator[_Place]:
         return (place for place in self._places if place.axis is not None)
+
+
+def _refresh(follower: Follower) -> None:
+    """A follower that keeps what follows from its state has a method that drops it."""
+    if refresh := getattr(follower, "refresh", None):
+        refresh()
 
 
 def _fits(place: _Place, shape: tuple[int, ...], num_series: int) -> bool:
