@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from flashserve.errors import InputError
 from flashserve.forecast.baselines import Ewma
-from flashserve.forecast.calibrate import Curves, log_odds
+from flashserve.forecast.calibrate import Curves, Ints, log_odds
 from flashserve.forecast.cohorts import GROUPS, JUDGED_EVERY, NEW, CohortWatch
 from flashserve.forecast.core import (
     QUANTILE_LEVELS,
@@ -197,10 +197,10 @@ class AutoFollower:
         code = self._watch.code
         return np.where(code == GROUPS.index(NEW), code, np.int8(self._cohort))
 
-    def _groups(self, lead: int, models: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
+    def _groups(self, lead: int, models: npt.NDArray[np.intp]) -> Ints:
         """Of curves; lead: an index of GRID; models: [..., series]."""
         num = len(self._names)
-        groups: npt.NDArray[np.int64] = (lead * num + models) * len(GROUPS) + self._cohorts()
+        groups: Ints = (lead * num + models) * len(GROUPS) + self._cohorts()
         return groups
 
     def _learn(self, values: Floats) -> None:
@@ -245,7 +245,7 @@ class AutoFollower:
             ]
         return self._raw
 
-    def _look(self) -> list[npt.NDArray[np.int64]]:
+    def _look(self) -> list[Ints]:
         """Say what is ahead; returns where it is to be filed, of each lead but the first."""
         self.refresh()
         raw = self._forecasts()

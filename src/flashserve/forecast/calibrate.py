@@ -9,12 +9,14 @@ forecast is filed before its outcome is known: the curve that it meets never saw
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 from flashserve.forecast.core import Floats
 
-Ints = npt.NDArray[np.int64]
+Ints = npt.NDArray[np.integer[Any]]
 
 _REACH = 9.0
 _STEP = 0.25
@@ -70,7 +72,8 @@ class Curves:
     def cells(self, groups: Ints, odds: Floats) -> Ints:
         """Where forecasts of these log odds are filed: indices for `learn`."""
         at = np.rint((odds + _REACH) / _STEP).astype(np.int64)
-        return groups * NUM_KNOTS + at
+        cells: Ints = groups * NUM_KNOTS + at
+        return cells
 
     def learn(self, cells: Ints, came: npt.NDArray[np.bool_], weight: float = 1.0) -> None:
         """What became of forecasts. Overlapping forecasts should share a weight."""
