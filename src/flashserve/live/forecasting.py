@@ -25,6 +25,7 @@ from flashserve.forecast.arrivals import (
     belongs_to,
     minute_of,
 )
+from flashserve.forecast.auto import AutoModel, default_candidates
 from flashserve.forecast.baselines import Ewma
 from flashserve.forecast.core import FollowingModel
 from flashserve.forecast.forecaster import Forecaster
@@ -241,7 +242,9 @@ class Forecasting:
 
     def _model(self, weights: NetworkWeights | None) -> FollowingModel:
         match self._settings.model:
-            case "auto" | "hybrid" if weights is not None:
+            case "auto":
+                return AutoModel(default_candidates(weights))
+            case "hybrid" if weights is not None:
                 return NetworkModel(weights)
             case "ewma-15":
                 return Ewma(15)

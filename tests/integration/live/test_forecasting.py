@@ -524,8 +524,8 @@ def test_a_training_that_fails_changes_nothing_but_the_log(
         await bench.tick()
         assert bench.forecasting._training is None
 
-    play(tmp_path, scenario)
-    play(tmp_path, restarted)
+    play(tmp_path, scenario, model="hazard")
+    play(tmp_path, restarted, model="hazard")
 
 
 @pytest.mark.parametrize("settings", [{"training": False}, {}])
@@ -539,7 +539,7 @@ def test_nothing_is_trained_when_that_is_off_or_there_is_too_little(
             await bench.forecasting._training
         assert bench.forecasting.status().training is None
 
-    play(tmp_path, scenario, **settings)
+    play(tmp_path, scenario, model="hazard", **settings)
 
 
 def test_damaged_weights_are_left_and_told_in_one_line(tmp_path: Path) -> None:
@@ -553,12 +553,12 @@ def test_damaged_weights_are_left_and_told_in_one_line(tmp_path: Path) -> None:
         ]
         assert sources(bench) == {"hazard"}
 
-    play(tmp_path, scenario)
+    play(tmp_path, scenario, model="hazard")
 
 
 def test_the_end_of_the_server_ends_a_training(tmp_path: Path) -> None:
     async def run() -> None:
-        async with bench(tmp_path) as made:
+        async with bench(tmp_path, model="hazard") as made:
             await with_history(made)
             began = asyncio.Event()
 
