@@ -22,7 +22,7 @@ from flashserve.policy import keepalive
 from flashserve.policy.cost import WorkerState, startup_s
 from flashserve.policy.placement import place
 from flashserve.policy.plans import Facts
-from flashserve.types import NodeId, Scaling, Tier
+from flashserve.types import NodeId, Scaling, SeriesForecast, Tier
 
 _MIN_REVIEW_S = 1.0
 """A plan that names an earlier time is asked for again after so long."""
@@ -37,8 +37,19 @@ def forecast_ready(state: State, event: ForecastReady) -> list[Command]:
     for forecast in event.forecasts:
         if model := state.find(forecast.series):
             model.forecast = forecast
-            state.unplanned[model.model_id] = model
+            if _may_matter(model, forecast):
+                state.unplanned[model.model_id] = model
     return []
+
+
+def _may_matter(model: Model, forecast: SeriesForecast) -> bool:
+    """Whether the plan could change. Most models are quiet mostly, and cost a comparison."""
+    plan = model.plan
+    if model.replicas or model.waiting or model.spec.scaling.min_replicas:
+        return True
+    if not forecast.p_arrival or not forecast.p_arrival[0] < plan.heed_first:
+        return True
+    return not (model.dram_nodes or forecast.p_arrival[-1] < plan.heed_last)
 
 
 def bounds_changed(state: State, event: BoundsChanged) -> list[Command]:

@@ -227,6 +227,8 @@ class State:
             self.short[model.model_id] = model
             model.wanting_since = now
             model.room_seen = -1
+            if model.no_start_before <= now:
+                model.no_start_before = 0.0
 
     def _room_grew(self) -> None:
         self.room_version += 1

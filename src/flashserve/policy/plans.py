@@ -60,13 +60,17 @@ class Plan:
     case. keep_idle_s: replicas beyond the wanted number stop when they have been idle for so long.
     review_at: when to ask again at the latest. rate_per_s: starts that are to be expected per
     second, which ranks the model's bytes and idle replicas among others'; None leaves that to how
-    recently it was used.
+    recently it was used. heed_first, heed_last: while the model has no replica, a forecast whose
+    chance within its first lead is below the one changes no replicas, and one whose chance within
+    its last lead is below the other no tier, so that nobody need be asked.
     """
 
     replicas: int
     keep_idle_s: float
     review_at: float = math.inf
     rate_per_s: float | None = None
+    heed_first: float = 0.0
+    heed_last: float = 0.0
     reason: str = ""
 
 

@@ -87,9 +87,9 @@ class Predictive:
         rate = rate_of(facts.forecast, now)
         wanted = clamp(by_load, facts)
         if facts.has_own_keep_alive:
-            return Plan(wanted, facts.keep_alive_s, next_due, rate, "its own keep-alive")
+            return Plan(wanted, facts.keep_alive_s, next_due, rate, reason="its own keep-alive")
         if facts.idle_since is None:
-            return Plan(wanted, self._keep_s(facts), next_due, rate, "it has requests")
+            return Plan(wanted, self._keep_s(facts), next_due, rate, reason="it has requests")
         cold_s = self._cold(facts) / max(self._prices.gpu_per_s, 1e-12)
         age_s = now - facts.last_arrival_at
         keep_s = self._gaps.keep_s(facts.model_id, age_s, max(next_due - now, 0.0), cold_s)
@@ -97,7 +97,7 @@ class Predictive:
             f"the next request after {text.seconds(age_s)}: worth {text.seconds(keep_s)} more, "
             f"as a start costs {text.seconds(cold_s)} idle"
         )
-        return Plan(wanted, now - facts.idle_since + keep_s, next_due, rate, reason)
+        return Plan(wanted, now - facts.idle_since + keep_s, next_due, rate, reason=reason)
 
     def _by_chance(self, facts: Facts, forecast: SeriesForecast, by_load: int, now: float) -> Plan:
         rate = rate_of(forecast, now)
@@ -113,11 +113,31 @@ class Predictive:
         )
         if not is_worth:
             keep_s = facts.keep_alive_s if facts.has_own_keep_alive else 0.0
-            return Plan(clamp(by_load, facts), keep_s, rate_per_s=rate, reason=numbers)
+            return Plan(
+                clamp(by_load, facts),
+                keep_s,
+                rate_per_s=rate,
+                heed_first=self._least_chance(facts, forecast, idle / (cold + idle)),
+                heed_last=self._least_chance_of_room(facts, forecast, cold),
+                reason=numbers,
+            )
         ahead = self._by_forecast(facts, forecast, cold)
         wanted = clamp(max(by_load, ahead), facts)
         reason = f"{numbers}; {text.count(wanted, 'replica')} for {ahead} forecast, {by_load} now"
-        return Plan(wanted, self._keep_s(facts), now + self._window_s, rate, reason)
+        return Plan(wanted, self._keep_s(facts), now + self._window_s, rate, reason=reason)
+
+    def _least_chance(self, facts: Facts, forecast: SeriesForecast, least: float) -> float:
+        """Within the first lead, so that `least` could be reached within a window and a start.
+
+        Half of what a constant hazard would make of it, since a hazard may grow.
+        """
+        hazard = -math.log1p(-min(least, _MAX_P)) / (self._window_s + facts.restart_s)
+        return -math.expm1(-hazard * forecast.leads_s[0] / 2)
+
+    def _least_chance_of_room(self, facts: Facts, forecast: SeriesForecast, cold: float) -> float:
+        """Within the last lead, so that a place in DRAM could be worth its price."""
+        rate = self._prices.dram_gb_per_s * facts.size_bytes / 1e9 / max(cold, 1e-12)
+        return -math.expm1(-rate * forecast.leads_s[-1] / 2)
 
     def _by_forecast(self, facts: Facts, forecast: SeriesForecast, cold: float) -> int:
         """Replicas for what will run at once (Little's law), at the quantile of the costs."""

@@ -169,6 +169,22 @@ def test_bytes_of_a_model_that_is_expected_come_to_dram_ahead() -> None:
     assert forecast(f, "a", 0.5) == [], "it is on its way"
 
 
+def test_a_quiet_model_is_not_planned_anew_for_each_forecast_that_changes_nothing() -> None:
+    class Counting(Predictive):
+        num_plans = 0
+
+        def plan(self, facts: Facts, now: float) -> Plan:
+            self.num_plans += 1
+            return super().plan(facts, now)
+
+    policy = Counting(Prices())
+    f = fleet(model("a"), policy=policy)
+    for p in (0.0001, 0.0002, 0.0001):
+        forecast(f, "a", p)
+    assert policy.num_plans == 2, "when it was deployed, and by its first forecast"
+    assert kinds(forecast(f, "a", 0.999)) == ["StartReplica"]
+
+
 def test_bytes_ahead_take_the_place_of_what_is_worth_less_and_of_nothing_else() -> None:
     dear = Predictive(Prices(gpu_per_s=1e3))
     f = fleet(model("a", 5), model("b", 5), nodes=(node(extents=8),), policy=dear)
