@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 MODEL = "smollm2"
 QUESTION = "What is the capital of France?"
+KEEP_ALIVE_S = 300.0
 PATIENCE_S = 60.0
 """No test asserts a time: whoever waits longer than this has found a hang."""
 
@@ -136,10 +137,10 @@ class Server:
         assert done.returncode == 0, f"{args}: {done.stderr}\n{self.log()}"
         return done.stdout
 
-    def deploy(self, name: str, source: str | Path) -> None:
+    def deploy(self, name: str, source: str | Path, **options: object) -> None:
         """As the command does, which takes a second to start."""
         with self.admin() as admin:
-            body = {"name": name, "source": str(source)}
+            body = {"name": name, "source": str(source), **options}
             reply = admin.post("/admin/v1/models", json=body)
         assert reply.is_success, f"{reply.text}\n{self.log()}"
 
@@ -203,13 +204,16 @@ def scratch_dir() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def running(checkpoint: Path | None = None, **settings: str) -> Iterator[Server]:
-    """A server, with `checkpoint` deployed as MODEL if given; stopped whatever happens."""
+    """A server, with `checkpoint` deployed as MODEL if given; stopped whatever happens.
+
+    MODEL has a keep-alive of its own, so that no forecast stops it between two steps of a test.
+    """
     with scratch_dir() as data_dir:
         server = Server(data_dir, **settings)
         try:
             server.start()
             if checkpoint is not None:
-                server.deploy(MODEL, checkpoint)
+                server.deploy(MODEL, checkpoint, keep_alive_s=KEEP_ALIVE_S)
             yield server
         finally:
             if server.is_alive():
