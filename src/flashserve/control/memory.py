@@ -21,6 +21,7 @@ def stage_requested(state: State, event: StageRequested, now: float) -> list[Com
     model = state.find(event.model_id)
     if model is None or not state.nodes:
         return []
+    model.is_dismissed = False
     if node := _holder(state, model, event.tier):
         reason = f"asked for; {node.node_id} holds it or is about to"
         return [orders.stage(node, model, event.tier, reason)]
@@ -97,6 +98,8 @@ def evict_requested(state: State, event: EvictRequested, now: float) -> list[Com
     model = state.find(event.model_id)
     if model is None or not state.nodes:
         return []
+    model.is_dismissed = True
+    state.unplanned[model.model_id] = model
     pending = PendingEvict(model.spec, event.tier, f"asked to leave {event.tier.label}")
     commands: list[Command] = []
     for node_id in holders(model, event.tier) or [min(state.nodes)]:

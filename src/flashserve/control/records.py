@@ -133,6 +133,8 @@ class Model:
     no_start_before: float = 0.0
     """Starts ahead wait so long after one that was lost."""
     no_stage_before: float = 0.0
+    is_dismissed: bool = False
+    """Somebody had it evicted: nothing brings it back but a request, a stage or its bounds."""
     memory_failures: int = 0
     shunned: dict[NodeId, None] = dataclasses.field(default_factory=dict)
     """Nodes that just had no memory for it; cleared when anything changes or at retry_at."""

@@ -36,6 +36,7 @@ def arrive(state: State, event: RequestArrived, now: float) -> list[Command]:
     if model is None:
         return [orders.reject(request, admission.refuse_unknown(event.model_id))]
     model.last_used_at = model.last_arrival_at = now
+    model.is_dismissed = False
     state.policy.arrived(model.model_id, now)
     if refusal := _refusal(state, model, now):
         return [orders.reject(request, refusal)]

@@ -88,7 +88,8 @@ def _review(state: State, model: Model, now: float) -> list[Command]:
     commands = _stop_surplus(state, model, now)
     serving = model.num_serving
     covered = bool(model.waiting) and not serving  # it stands in line
-    is_short = serving < plan.replicas and not covered and not state.is_draining
+    wanted = model.spec.scaling.min_replicas if model.is_dismissed else plan.replicas
+    is_short = serving < wanted and not covered and not state.is_draining
     state.set_short(model, is_short, now)
     state.watch_review(model)
     if plan.rate_per_s is not None:

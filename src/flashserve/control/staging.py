@@ -23,7 +23,7 @@ def stage_ahead(state: State, model: Model, now: float) -> list[Command]:
         return []
     if state.find(model.model_id) is not model:
         return []
-    if now < model.no_stage_before or model.failure:
+    if now < model.no_stage_before or model.failure or model.is_dismissed:
         return []
     nodes = [
         node

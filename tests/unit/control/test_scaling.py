@@ -11,6 +11,7 @@ from flashserve.messages.commands import Command, Evict, Stage, StartReplica, St
 from flashserve.messages.events import (
     BoundsChanged,
     DrainStarted,
+    EvictRequested,
     ForecastReady,
     ModelDeployed,
     WorkersChanged,
@@ -183,6 +184,20 @@ def test_a_quiet_model_is_not_planned_anew_for_each_forecast_that_changes_nothin
         forecast(f, "a", p)
     assert policy.num_plans == 2, "when it was deployed, and by its first forecast"
     assert kinds(forecast(f, "a", 0.999)) == ["StartReplica"]
+
+
+def test_what_somebody_had_evicted_comes_back_by_a_request_and_not_by_a_forecast() -> None:
+    f = fleet(model("a"))
+    forecast(f, "a", 0.9)
+    f.answer_all()
+    f.tell(EvictRequested(ModelId("a"), Tier.DRAM))
+    f.answer_all()
+    assert forecast(f, "a", 0.99) == []
+    assert kinds(f.arrive("r1", "a"))[:1] == ["StartReplica"]
+    f.answer_all()
+    f.finish("r1")
+    f.now += 60.0
+    assert "StopReplica" not in kinds(forecast(f, "a", 0.99))
 
 
 def test_bytes_ahead_take_the_place_of_what_is_worth_less_and_of_nothing_else() -> None:
