@@ -23,7 +23,6 @@ T = TypeVar("T")
 
 MODEL = "smollm2"
 QUESTION = "What is the capital of France?"
-KEEP_ALIVE_S = 300.0
 PATIENCE_S = 60.0
 """No test asserts a time: whoever waits longer than this has found a hang."""
 
@@ -52,6 +51,8 @@ class Server:
     def __init__(self, data_dir: Path, **settings: str) -> None:
         self.data_dir = data_dir
         small = {
+            # What a forecast starts or stops would come between the steps of a test.
+            "POLICY__NAME": "keep-alive",
             "DATA_DIR": str(data_dir),
             "LOG_LEVEL": "warning",
             "SERVER__PORT": "0",
@@ -137,10 +138,10 @@ class Server:
         assert done.returncode == 0, f"{args}: {done.stderr}\n{self.log()}"
         return done.stdout
 
-    def deploy(self, name: str, source: str | Path, **options: object) -> None:
+    def deploy(self, name: str, source: str | Path) -> None:
         """As the command does, which takes a second to start."""
         with self.admin() as admin:
-            body = {"name": name, "source": str(source), **options}
+            body = {"name": name, "source": str(source)}
             reply = admin.post("/admin/v1/models", json=body)
         assert reply.is_success, f"{reply.text}\n{self.log()}"
 
@@ -204,16 +205,13 @@ def scratch_dir() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def running(checkpoint: Path | None = None, **settings: str) -> Iterator[Server]:
-    """A server, with `checkpoint` deployed as MODEL if given; stopped whatever happens.
-
-    MODEL has a keep-alive of its own, so that no forecast stops it between two steps of a test.
-    """
+    """A server, with `checkpoint` deployed as MODEL if given; stopped whatever happens."""
     with scratch_dir() as data_dir:
         server = Server(data_dir, **settings)
         try:
             server.start()
             if checkpoint is not None:
-                server.deploy(MODEL, checkpoint, keep_alive_s=KEEP_ALIVE_S)
+                server.deploy(MODEL, checkpoint)
             yield server
         finally:
             if server.is_alive():
