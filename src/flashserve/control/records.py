@@ -124,8 +124,6 @@ class Model:
     forecast: SeriesForecast | None = None
     """The newest; whether it is too old is for who reads it."""
     last_arrival_at: float | None = None
-    wanting_since: float | None = None
-    """Since when it has had fewer replicas than its plan wants, with no request that waits."""
     scale_out_at: float = math.inf
     """With more requests than this, the policy is asked for another replica."""
     room_seen: int = -1

@@ -222,10 +222,8 @@ class State:
         """Whether the model wants a start ahead of requests."""
         if not is_short:
             self.short.pop(model.model_id, None)
-            model.wanting_since = None
         elif model.model_id not in self.short:
             self.short[model.model_id] = model
-            model.wanting_since = now
             model.room_seen = -1
             if model.no_start_before <= now:
                 model.no_start_before = 0.0
