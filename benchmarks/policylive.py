@@ -108,6 +108,7 @@ def running(model_dir: pathlib.Path) -> Iterator[Server]:
             NODE__DRAM_BYTES=str(DRAM_BYTES),
             NODE__ADAPTER_BYTES="0",
             STORE__SCRUB_BYTES_PER_S="0",
+            POLICY__NAME="keep-alive",  # as in the simulation
         ) as server:
             for number, directory in enumerate(directories):
                 deploy(server, name_of(number), directory, keep_alive_s=KEEP_ALIVE_S)

@@ -12,6 +12,7 @@ from flashserve.errors import InputError
 from flashserve.forecast import backtest, registry, synthetic
 from flashserve.forecast.core import ArrivalModel
 from flashserve.forecast.traces import DAY, Trace, read_trace
+from flashserve.policy.cost import Prices
 from flashserve.sim.forecasts import forecast_events
 from flashserve.sim.profiles import load_profile
 from flashserve.sim.report import About
@@ -66,7 +67,8 @@ def make(wanted: Wanted, names: Sequence[str], progress: Progress) -> Scenario:
     settings = WorkloadSettings(wanted.num_models, wanted.num_requests, seed=wanted.seed)
     workload = make_workload(replayed, settings)
     cluster = Cluster(profile, wanted.num_nodes)
-    trial = Trial(workload, cluster, settings=load_settings().policy)
+    configured = load_settings()
+    trial = Trial(workload, cluster, Prices.of(configured.price), configured.policy)
     about = About(replayed.name, _described(workload, cluster, wanted))
     if PREDICTIVE in names:
         progress("fitting", 0, 1)
