@@ -193,8 +193,7 @@ class Controller:
         model = self._state.find(model_id)
         if model is None:
             return frozenset()
-        running = (replica.node_id for replica in model.replicas.values())
-        return frozenset((*running, *model.dram_nodes))
+        return frozenset(memory.holders(model, Tier.DRAM))
 
     def model_view(self, model_id: ModelId) -> ModelView:
         """How a deployed model stands.

@@ -13,7 +13,7 @@ from flashserve.messages.commands import Command, Hold
 from flashserve.messages.events import RequestArrived, RequestFinished
 from flashserve.policy import admission, cost, routing, text
 from flashserve.policy.admission import Refusal
-from flashserve.types import NodeId, Phases, ReplicaId, RequestId, Tier
+from flashserve.types import Phases, ReplicaId, RequestId, Tier
 
 
 def arrive(state: State, event: RequestArrived, now: float) -> list[Command]:
@@ -243,9 +243,7 @@ def predict(state: State, model: Model, now: float) -> Phases:
 
 def _predict_anywhere(state: State, model: Model) -> Phases:
     """A start on the node that holds most of the model, or on any."""
-    node_id = next(iter(model.dram_nodes or model.disk_nodes or state.nodes), NodeId(""))
-    node = state.nodes.get(node_id)
-    tier = state.tier_on(model, node) if node else model.spec.lowest_tier
+    node_id, tier = state.nearest(model)
     costs = state.estimates.costs(node_id, model.model_id, cost.WorkerState.STOPPING)
     return cost.predict_start(model.spec.size_bytes, tier, costs)
 

@@ -10,7 +10,7 @@ from flashserve.control.records import Model, Node, Replica
 from flashserve.control.state import State
 from flashserve.messages.commands import Command
 from flashserve.policy import eviction
-from flashserve.policy.cost import WorkerState, extent_bytes, predict_start
+from flashserve.policy.cost import WorkerState, extent_bytes, predict_start, startup_s
 from flashserve.policy.eviction import Candidate
 from flashserve.policy.scaling import is_sound, rate_of
 from flashserve.types import ModelId, Tier
@@ -116,11 +116,10 @@ def _stop(state: State, victim: Candidate, reason: str, now: float) -> list[Comm
 
 def _slot_candidate(state: State, replica: Replica, now: float) -> Candidate:
     costs = state.estimates.costs(replica.node_id, replica.model_id, WorkerState.SPARE)
-    restart = predict_start(replica.model.size_bytes, Tier.DRAM, costs)
     return Candidate(
         replica.model_id,
         idle_s=now - replica.changed_at,
-        restart_s=restart.startup_s,
+        restart_s=startup_s(replica.model.size_bytes, Tier.DRAM, costs),
         replica_ids=(replica.replica_id,),
         rate_per_s=_rate(state.models[replica.model_id], now),
     )

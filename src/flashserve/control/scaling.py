@@ -21,8 +21,8 @@ from flashserve.messages.events import BoundsChanged, ForecastReady
 from flashserve.policy import keepalive
 from flashserve.policy.cost import WorkerState, startup_s
 from flashserve.policy.placement import place
-from flashserve.policy.plans import Facts
-from flashserve.types import NodeId, Scaling, SeriesForecast, Tier
+from flashserve.policy.plans import Facts, bounded
+from flashserve.types import Scaling, SeriesForecast
 
 _MIN_REVIEW_S = 1.0
 """A plan that names an earlier time is asked for again after so long."""
@@ -98,7 +98,7 @@ def _review(state: State, model: Model, now: float) -> list[Command]:
 
 
 def _facts(state: State, model: Model) -> Facts:
-    node_id, tier = _nearest(state, model)
+    node_id, tier = state.nearest(model)
     costs = state.estimates.costs(node_id, model.model_id, WorkerState.SPARE)
     idle_since, num_serving, in_flight = -math.inf, 0, 0
     for replica in model.replicas.values():
@@ -122,23 +122,13 @@ def _facts(state: State, model: Model) -> Facts:
         model.last_arrival_at,
         state.keep_alive_s(model),
         model.spec.keep_alive_s is not None,
-        bounds(state, model),
+        _bounds(state, model),
         model.forecast,
     )
 
 
-def _nearest(state: State, model: Model) -> tuple[NodeId, Tier]:
-    """The node that has most of the model, and the tier of it there."""
-    node_id = next(iter(model.dram_nodes or model.disk_nodes or state.nodes), NodeId(""))
-    node = state.nodes.get(node_id)
-    return node_id, state.tier_on(model, node) if node else model.spec.lowest_tier
-
-
-def bounds(state: State, model: Model) -> Scaling:
-    """The model's, with the server's where it has none."""
-    scaling = model.spec.scaling
-    most = scaling.max_replicas or state.settings.max_replicas
-    return Scaling(scaling.min_replicas, max(most, scaling.min_replicas), scaling.target)
+def _bounds(state: State, model: Model) -> Scaling:
+    return bounded(model.spec.scaling, state.settings.max_replicas)
 
 
 def _keep_minimum(state: State, model: Model) -> None:
@@ -151,7 +141,8 @@ def _keep_minimum(state: State, model: Model) -> None:
 
 
 def _set_scale_out(state: State, model: Model) -> None:
-    serving, most = model.num_serving, bounds(state, model).max_replicas or 1
+    serving, most = model.num_serving, _bounds(state, model).max_replicas
+    assert most is not None
     each = model.spec.scaling.target or state.max_sequences
     model.scale_out_at = serving * each if 0 < serving < most else math.inf
 

@@ -33,9 +33,9 @@ from flashserve.messages.events import (
     Staged,
 )
 from flashserve.policy import keepalive
-from flashserve.policy.cost import UNMEASURED, Rates, WorkerState, predict_start
-from flashserve.policy.plans import Facts, Policy, clamp
-from flashserve.types import ModelId, ModelSpec, NodeId, RequestId, Scaling, Tier
+from flashserve.policy.cost import UNMEASURED, Rates, WorkerState, startup_s
+from flashserve.policy.plans import Facts, Policy, bounded, clamp
+from flashserve.types import ModelId, ModelSpec, NodeId, RequestId, Tier
 
 _MIN_REVIEW_S = 1.0
 _NO_ROOM = frozenset({"queue_full", "deadline_exceeded"})
@@ -293,7 +293,7 @@ class Shadow:
             spec.model_id,
             spec.size_bytes,
             tier,
-            predict_start(spec.size_bytes, tier, costs).startup_s,
+            startup_s(spec.size_bytes, tier, costs),
             self._estimates.value(Quantity.PREFILL_S, spec.model_id),
             self._estimates.value(Quantity.RUN_S, spec.model_id),
             self._limit,
@@ -304,14 +304,9 @@ class Shadow:
             model.last_arrival_at,
             keepalive.keep_alive_s(spec, self._settings.keep_alive_s),
             spec.keep_alive_s is not None,
-            self._bounds(spec),
+            bounded(spec.scaling, self._settings.max_replicas),
             model.forecast,
         )
-
-    def _bounds(self, spec: ModelSpec) -> Scaling:
-        least = spec.scaling.min_replicas
-        most = spec.scaling.max_replicas or self._settings.max_replicas or 1
-        return Scaling(least, max(least, most), spec.scaling.target)
 
     def _target(self, model: ShadowModel) -> int:
         return model.spec.scaling.target or self._limit

@@ -7,10 +7,10 @@ from flashserve.control.records import Model, Node
 from flashserve.control.state import State
 from flashserve.messages.commands import Command
 from flashserve.policy import text
-from flashserve.policy.cost import WorkerState, predict_start
+from flashserve.policy.cost import WorkerState, startup_s
 from flashserve.policy.placement import place
 from flashserve.policy.tiers import deserves_dram
-from flashserve.types import NodeId, Phases, Tier
+from flashserve.types import Tier
 
 _MAX_STAGING = 2
 """Stages ahead that one node carries out at a time: requests' own loads come first."""
@@ -49,15 +49,10 @@ def reserve(state: State, node: Node, model: Model, now: float) -> list[Command]
 
 
 def _is_worth(state: State, node: Node, model: Model, rate: float, now: float) -> bool:
-    cold, warm = _starts(state, model, node.node_id, state.tier_on(model, node))
-    if not deserves_dram(rate, model.spec.size_bytes, cold, warm, state.prices):
-        return False
-    saved_s = rate * (cold.startup_s - warm.startup_s)
-    return room.gives_way(state, node, model, saved_s, now, for_replica=False)
-
-
-def _starts(state: State, model: Model, node_id: NodeId, tier: Tier) -> tuple[Phases, Phases]:
-    """A start from where the bytes are, and one from DRAM."""
-    costs = state.estimates.costs(node_id, model.model_id, WorkerState.SPARE)
+    costs = state.estimates.costs(node.node_id, model.model_id, WorkerState.SPARE)
     size = model.spec.size_bytes
-    return predict_start(size, tier, costs), predict_start(size, Tier.DRAM, costs)
+    cold_s = startup_s(size, state.tier_on(model, node), costs)
+    warm_s = startup_s(size, Tier.DRAM, costs)
+    if not deserves_dram(rate, size, cold_s, warm_s, state.prices):
+        return False
+    return room.gives_way(state, node, model, rate * (cold_s - warm_s), now, for_replica=False)

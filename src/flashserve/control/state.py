@@ -92,6 +92,12 @@ class State:
             return Tier.DRAM
         return max(model.spec.lowest_tier, Tier.DISK if model.disk_nodes else Tier.REMOTE)
 
+    def nearest(self, model: Model) -> tuple[NodeId, Tier]:
+        """The node that has most of the model, or any, and where it has it."""
+        node_id = next(iter(model.dram_nodes or model.disk_nodes or self.nodes), NodeId(""))
+        node = self.nodes.get(node_id)
+        return node_id, self.tier_on(model, node) if node else model.spec.lowest_tier
+
     def tier_on(self, model: Model, node: Node) -> Tier:
         """Where one node has the model's bytes, replicas apart."""
         resident = node.resident.get(model.model_id)

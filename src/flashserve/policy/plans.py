@@ -93,6 +93,12 @@ class Policy(Protocol):
         """The model was deleted."""
 
 
+def bounded(scaling: Scaling, max_replicas: int) -> Scaling:
+    """A model's bounds, with the server's max_replicas where it has none of its own."""
+    most = scaling.max_replicas or max_replicas
+    return dataclasses.replace(scaling, max_replicas=max(most, scaling.min_replicas))
+
+
 def clamp(replicas: int, facts: Facts) -> int:
     """Within the model's bounds."""
     return min(max(replicas, facts.scaling.min_replicas), facts.max_replicas)

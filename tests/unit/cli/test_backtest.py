@@ -4,23 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.unit.cli.traces import HEADING, day_of_functions
 from typer.testing import CliRunner
 
 from flashserve.cli.main import app
 from flashserve.errors import InputError
-from flashserve.forecast import synthetic
-
-HEADING = "HashOwner,HashApp,HashFunction,Trigger," + ",".join(map(str, range(1, 1441)))
-
-
-def day_of_functions(path: Path) -> Path:
-    """A day as Azure publishes it."""
-    made = synthetic.functions(24, 1440, seed=5)
-    lines = [HEADING]
-    for number, row in enumerate(made.trace.history.counts.astype(int)):
-        lines.append(",".join(["o", "a", f"f{number}", "http", *map(str, row)]))
-    path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 def invoke(*arguments: str) -> str:
