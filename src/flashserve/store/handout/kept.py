@@ -27,12 +27,11 @@ _log = structlog.get_logger()
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Entry:
-    """One copy, there or being made; num_users want or have it, or nobody for a while."""
+    """One copy, there or being made, and how many want or have it."""
 
     job: CopyJob
     making: asyncio.Task[ModelCopy]
     num_users: int = 0
-    going: asyncio.TimerHandle | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -58,6 +57,9 @@ class KeptCopies:
         self._found: dict[str, _Entry] = {}
         # Also those that were given up, until they take no memory any more.
         self._entries: set[_Entry] = set()
+        # Those without users and when they go, the one that has waited longest first. An order of
+        # its own: the loop's clock may count in milliseconds, so times can be equal.
+        self._unused: dict[_Entry, asyncio.TimerHandle] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -86,16 +88,14 @@ class KeptCopies:
             if await self._has_room(snapshot):
                 entry = self._start(make_job())
                 break
-        if entry.going is not None:
-            entry.going.cancel()
-            entry.going = None
+        self._wanted(entry)
         entry.num_users += 1
         try:
             yield await asyncio.shield(entry.making)
         finally:
             entry.num_users -= 1
             if not entry.num_users:
-                self._unused(entry)
+                self._left(entry)
 
     async def close(self) -> None:
         """Gives everything up, and returns when no thread works for it."""
@@ -128,11 +128,7 @@ class KeptCopies:
                 f"{what}, and all copies together may take {self._max_bytes}: raise "
                 "store.handout_bytes"
             )
-        unused = sorted(
-            (entry for entry in self._entries if entry.going is not None),
-            key=lambda entry: entry.going.when() if entry.going else 0.0,
-        )
-        for entry in unused:
+        for entry in tuple(self._unused):
             if self.num_bytes + num_bytes <= self._max_bytes:
                 break
             self._give_up(entry)
@@ -146,19 +142,21 @@ class KeptCopies:
             "one, or raise store.handout_bytes"
         )
 
-    def _unused(self, entry: _Entry) -> None:
+    def _wanted(self, entry: _Entry) -> None:
+        if timer := self._unused.pop(entry, None):
+            timer.cancel()
+
+    def _left(self, entry: _Entry) -> None:
         is_made = entry.making.done() and not entry.making.cancelled()
         if self._keep_s and is_made and entry.making.exception() is None:
             loop = asyncio.get_running_loop()
-            entry.going = loop.call_later(self._keep_s, self._give_up, entry)
+            self._unused[entry] = loop.call_later(self._keep_s, self._give_up, entry)
         else:
             self._give_up(entry)
 
     def _give_up(self, entry: _Entry) -> None:
         """Nobody finds the copy any more, and its memory goes as soon as it is not written to."""
-        if entry.going is not None:
-            entry.going.cancel()
-            entry.going = None
+        self._wanted(entry)
         identity = entry.job.snapshot.identity
         if self._found.get(identity) is entry:
             del self._found[identity]
