@@ -87,11 +87,14 @@ def extent_bytes(size_bytes: int) -> int:
 
 
 def predict_start(size_bytes: int, tier: Tier, costs: Costs) -> Phases:
-    """Phases of a start on a node where the bytes are in `tier`; queue and prefill are 0."""
+    """Phases of a start on a node where the bytes are in `tier`; queue and prefill are 0.
+
+    What is fetched from far goes straight to DRAM, and to disk behind that.
+    """
     return Phases(
         place_s=costs.place_s,
         fetch_s=size_bytes / costs.remote_bytes_per_s if tier < Tier.DISK else 0.0,
-        dram_s=size_bytes / costs.disk_bytes_per_s if tier < Tier.DRAM else 0.0,
+        dram_s=size_bytes / costs.disk_bytes_per_s if tier is Tier.DISK else 0.0,
         device_s=size_bytes / costs.dram_bytes_per_s,
         init_s=costs.init_s,
     )
@@ -100,9 +103,9 @@ def predict_start(size_bytes: int, tier: Tier, costs: Costs) -> Phases:
 def startup_s(size_bytes: int, tier: Tier, costs: Costs) -> float:
     """The sum of `predict_start`, for who compares many."""
     seconds = costs.place_s + costs.init_s + size_bytes / costs.dram_bytes_per_s
-    if tier < Tier.DRAM:
+    if tier is Tier.DISK:
         seconds += size_bytes / costs.disk_bytes_per_s
-    if tier < Tier.DISK:
+    elif tier < Tier.DISK:
         seconds += size_bytes / costs.remote_bytes_per_s
     return seconds
 

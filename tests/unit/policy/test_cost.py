@@ -15,6 +15,7 @@ from flashserve.policy.cost import (
     extent_bytes,
     predict_start,
     remaining,
+    startup_s,
 )
 from flashserve.types import Phases, Tier
 
@@ -29,13 +30,14 @@ COSTS = Costs(
 
 @pytest.mark.parametrize(
     ("tier", "fetch_s", "dram_s"),
-    [(Tier.REMOTE, 10.0, 2.0), (Tier.DISK, 0.0, 2.0), (Tier.DRAM, 0.0, 0.0)],
+    [(Tier.REMOTE, 10.0, 0.0), (Tier.DISK, 0.0, 2.0), (Tier.DRAM, 0.0, 0.0)],
 )
-def test_a_start_pays_for_every_tier_above_the_one_that_holds_the_bytes(
+def test_a_start_pays_for_one_read_from_the_tier_that_holds_the_bytes(
     tier: Tier, fetch_s: float, dram_s: float
 ) -> None:
     expected = Phases(place_s=0.25, fetch_s=fetch_s, dram_s=dram_s, device_s=0.1, init_s=0.5)
     assert predict_start(1000, tier, COSTS) == expected
+    assert startup_s(1000, tier, COSTS) == pytest.approx(expected.startup_s)
 
 
 def test_a_start_under_way_has_its_first_phases_behind_it() -> None:

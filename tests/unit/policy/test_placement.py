@@ -53,4 +53,4 @@ def test_of_equal_nodes_the_emptier_one_is_taken_and_then_the_first_by_name() ->
 def test_one_node_has_no_next_best() -> None:
     placement = place([view("n1", Tier.REMOTE)], GB)
     assert placement is not None
-    assert placement.reason == "remote on n1: 6.1 s predicted"
+    assert placement.reason == "remote on n1: 5.1 s predicted"
