@@ -4,19 +4,22 @@ Twenty copies of the real small model, whose bytes differ in a bit so that they 
 fixed keep-alive on a real `flashserve serve` with two workers and memory for seven of them; a day
 of twenty Azure functions in five minutes, a few hundred requests of 16 to 64 tokens that want 8.
 The same arrivals are then simulated, with a profile that was measured on the same server just
-before: bytes, build and wake of a start from disk and from DRAM, prefill and decode. What HTTP and
-tokens on their way take beside that, measured on a warm replica, is added to each simulated time.
+before: bytes, build and wake of a start from disk and from DRAM, prefill and decode, and how much
+both workers get done at once, since they share the cores with each other, the server and this
+client. What HTTP and tokens on their way take beside that, measured on a warm replica, is added to
+each simulated time. With --quick the day takes two minutes, and a part of its requests.
 
 Clock: from a request's sending to its first token over HTTP on loopback, in this process. All files
 are in the page cache. A start is cold where its receipt (the simulator's record) says so. Values:
 difference between the shares of cold starts; medians and p95 of the times to the first token, the
-larger over the smaller.
+larger over the smaller. The columns after them are the means of where that time went.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import pathlib
@@ -41,7 +44,7 @@ from flashserve.forecast.traces import DAY, Trace, read_trace
 from flashserve.policy.baselines import FixedKeepAlive
 from flashserve.sim.lengths import Lengths
 from flashserve.sim.profiles import THIS, Profile, Speeds, StepCosts
-from flashserve.sim.results import Results
+from flashserve.sim.results import PHASES, Results
 from flashserve.sim.run import Cluster, simulate
 from flashserve.sim.workload import Workload, WorkloadSettings, make_workload
 from forecast_traces import folders_of
@@ -49,25 +52,25 @@ from server import Server, completion_body, deploy, stream_completion, wait_for_
 
 SEED = 20261128
 NUM_MODELS = 20
-NUM_REQUESTS = 260
-REPLAY_S = 300.0
+REQUESTS_PER_S = 260 / 300
+REPLAY_S, QUICK_REPLAY_S = 300.0, 110.0
 KEEP_ALIVE_S = 3.0
 NUM_WORKERS = 2
 DRAM_BYTES = 2 << 30
 OUTPUT_TOKENS = 8
-PROBED = 6
+PROBED, QUICK_PROBED = 6, 3
 PROMPTS = (16, 64, 256)
 FILE = "azure2019_functions_1day.parquet"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Seen:
-    """One request as its client saw it."""
+    """One request as its client saw it. phases: of its receipt, by PHASES."""
 
     at: float
     ttft_s: float
     is_cold: bool
-    tier: str
+    phases: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ class Probe:
     """Medians in seconds, over HTTP: first tokens by how the model was found, and tokens after it.
 
     warm_s: by prompt tokens; the others are of the shortest prompt. token_s: between tokens.
+    at_once: how many replicas' worth of tokens all workers make at once.
     """
 
     fresh_s: float
@@ -82,6 +86,7 @@ class Probe:
     disk_s: float
     warm_s: dict[int, float]
     token_s: float
+    at_once: float
 
 
 def copies(model_dir: pathlib.Path, root: pathlib.Path) -> list[pathlib.Path]:
@@ -119,11 +124,11 @@ def name_of(number: int) -> str:
     return f"m{number:05d}"
 
 
-def probe(server: Server) -> Probe:
-    """What starts and steps take on this server now."""
+def probe(server: Server, probed: int) -> Probe:
+    """What starts and steps take on this server now, by starts of so many models."""
     rng = random.Random(SEED)
     fresh, wake, disk = [], [], []
-    for number in range(PROBED + 1):
+    for number in range(probed + 1):
         name = name_of(number)
         _order(server, name, "stage", "dram")
         for into in (fresh, wake):
@@ -138,13 +143,30 @@ def probe(server: Server) -> Probe:
         times = []
         for _ in range(12):
             began = time.monotonic()
-            times.append(_ask(server, name_of(PROBED), rng, prompt, OUTPUT_TOKENS))
+            times.append(_ask(server, name_of(probed), rng, prompt, OUTPUT_TOKENS))
             tokens.append((time.monotonic() - began - times[-1]) / (OUTPUT_TOKENS - 1))
         warm[prompt] = common.median(times[2:])
     # The first model's starts are the first of everything: not counted.
-    return Probe(
-        *(common.median(times[1:]) for times in (fresh, wake, disk)), warm, common.median(tokens)
-    )
+    starts = (common.median(times[1:]) for times in (fresh, wake, disk))
+    return Probe(*starts, warm, common.median(tokens), _at_once(server, rng))
+
+
+def _at_once(server: Server, rng: random.Random) -> float:
+    """Each worker answers one request after the other, alone and beside the others."""
+
+    def answer(number: int) -> float:
+        began = time.monotonic()
+        for _ in range(3):
+            _ask(server, name_of(number), rng, PROMPTS[1], OUTPUT_TOKENS)
+        return time.monotonic() - began
+
+    numbers = range(NUM_WORKERS)
+    with concurrent.futures.ThreadPoolExecutor(NUM_WORKERS) as pool:
+        list(pool.map(answer, numbers))  # all are ready after that
+        alone = [answer(number) for number in numbers]
+        together = [*pool.map(answer, numbers), *pool.map(answer, numbers)]
+    found = NUM_WORKERS * common.median(alone) / common.median(together)
+    return min(max(found, 1.0), float(NUM_WORKERS))
 
 
 def _order(server: Server, name: str, verb: str, tier: str) -> None:
@@ -177,6 +199,7 @@ def profile_of(found: Probe, size_bytes: int) -> tuple[Profile, float]:
         stop_s=THIS.speeds.stop_s,
         worker_start_s=THIS.speeds.worker_start_s,
         executes_while_loading=False,
+        compute_at_once=found.at_once,
     )
     costs = StepCosts(size_bytes, 0.0, step_s, token_s, THIS.costs.decode_s)
     made = dataclasses.replace(
@@ -190,16 +213,16 @@ def profile_of(found: Probe, size_bytes: int) -> tuple[Profile, float]:
     return made, beside_s
 
 
-def workload_of(trace: Trace, size_bytes: int) -> Workload:
+def workload_of(trace: Trace, size_bytes: int, replay_s: float) -> Workload:
     rng = np.random.default_rng(SEED)
     prompts = rng.integers(PROMPTS[0], PROMPTS[1] + 1, 1000)
     lengths = Lengths("short", prompts, np.full(1000, OUTPUT_TOKENS))
     minutes = trace.history.counts.shape[1]
     settings = WorkloadSettings(
         num_models=NUM_MODELS,
-        num_requests=NUM_REQUESTS,
+        num_requests=round(REQUESTS_PER_S * replay_s),
         model_bytes=(size_bytes,),
-        compression=minutes * 60 / REPLAY_S,
+        compression=minutes * 60 / replay_s,
         seed=SEED,
     )
     made = make_workload(trace, settings, [lengths])
@@ -235,7 +258,8 @@ async def _send(client: httpx.AsyncClient, at: float, model: str, ids: list[int]
                 ttft_s = ttft_s or time.monotonic() - sent_at
                 receipt = msgspec.json.decode(line[6:]).get("flashserve") or receipt
     assert ttft_s is not None, "no token came"
-    return Seen(at, ttft_s, bool(receipt["cold"]), receipt["tier"])
+    phases = tuple(receipt["actual"][name] for name in PHASES)
+    return Seen(at, ttft_s, bool(receipt["cold"]), phases)
 
 
 def simulated(workload: Workload, profile: Profile) -> Results:
@@ -244,13 +268,17 @@ def simulated(workload: Workload, profile: Profile) -> Results:
     return simulate(controller, workload, cluster, policy="keep-alive", after_s=60.0)
 
 
-def row(name: str, cold: Sequence[bool], ttft_s: Sequence[float]) -> dict[str, Any]:
+def row(
+    name: str, cold: Sequence[bool], ttft_s: Sequence[float], phases: np.ndarray
+) -> dict[str, Any]:
+    """phases: [requests, PHASES], seconds."""
     return {
         "run": name,
         "requests": len(ttft_s),
         "cold_share": sum(cold) / len(cold),
         **{f"ttft_p{p}_s": common.percentile(ttft_s, p) for p in (50, 95, 99)},
         "mean_s": sum(ttft_s) / len(ttft_s),
+        **dict(zip(PHASES, phases.mean(axis=0).tolist(), strict=True)),
     }
 
 
@@ -263,10 +291,11 @@ def main(args: argparse.Namespace) -> None:
     )
     with common.demo_model() as model_dir, running(model_dir) as server:
         size_bytes = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
-        workload = workload_of(trace, size_bytes)
+        workload = workload_of(trace, size_bytes, QUICK_REPLAY_S if args.quick else REPLAY_S)
         print("probing the server", file=sys.stderr, flush=True)
-        found = probe(server)
-        for number in range(PROBED + 1):  # both begin with nothing in DRAM
+        probed = QUICK_PROBED if args.quick else PROBED
+        found = probe(server, probed)
+        for number in range(probed + 1):  # both begin with nothing in DRAM
             wait_for_state(server, name_of(number), "cold", "dram")
             _order(server, name_of(number), "evict", "dram")
         print(f"{found}\nreplaying {workload.num_requests} requests", file=sys.stderr, flush=True)
@@ -274,10 +303,16 @@ def main(args: argparse.Namespace) -> None:
     profile, beside_s = profile_of(found, size_bytes)
     results = simulated(workload, profile)
     requests = results.requests
-    live = row("live", [each.is_cold for each in seen], [each.ttft_s for each in seen])
+    live = row(
+        "live",
+        [each.is_cold for each in seen],
+        [each.ttft_s for each in seen],
+        np.array([each.phases for each in seen]),
+    )
     answered = ~np.isnan(requests.ttft_s)
     times = (requests.ttft_s[answered] + beside_s).tolist()
-    model = row("simulated", requests.is_cold.tolist(), times)
+    assert requests.phases is not None
+    model = row("simulated", requests.is_cold.tolist(), times, requests.phases[answered])
 
     def apart(key: str) -> float:
         return max(live[key] / model[key], model[key] / live[key])

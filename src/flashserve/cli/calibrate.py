@@ -69,6 +69,9 @@ def calibrate(
         console.print_json(msgspec.to_builtins(measured))
         return
     console.print_table(["what", "GB/s", "of"], _rows(measured), right=["GB/s"], fold=["of"])
+    console.print_line(
+        f"workers of one core each compute as {measured.compute_at_once:.2g} do that are alone"
+    )
     console.print_line(f"kept in {path}")
 
 

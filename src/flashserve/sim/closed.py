@@ -69,10 +69,10 @@ class ClosedEngine(SteppedEngine):
         num_adapters = self._adapters.num_pinned if self._adapters is not None else 0
         if chunks:
             num_tokens = shape.max_tokens - num_decodes - budget
-            return 1, self._costs.step_s(num_tokens, num_decodes, num_adapters)
+            return 1, self._seconds(num_tokens, num_decodes, num_adapters)
         if num_decodes:
             ahead = self._decoding[0][0] - self.num_steps
-            step_s = self._costs.step_s(0, num_decodes, num_adapters)
+            step_s = self._seconds(0, num_decodes, num_adapters)
             return min(ahead, self._steps_until_adapter(now, step_s)), step_s
         return 0, 0.0
 

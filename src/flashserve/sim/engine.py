@@ -115,7 +115,7 @@ class BatchedEngine(SteppedEngine):
                 num_decodes += 1
             else:
                 num_prompt += segment.end - segment.begin
-        step_s = self._costs.step_s(num_prompt, num_decodes, self._adapters.num_pinned)
+        step_s = self._seconds(num_prompt, num_decodes, self._adapters.num_pinned)
         if num_prompt or not self._skips:
             return 1, step_s
         return self._num_decodes(segments), step_s

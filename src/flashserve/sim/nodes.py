@@ -36,6 +36,7 @@ from flashserve.messages.events import (
     WorkersChanged,
 )
 from flashserve.sim.closed import ClosedEngine
+from flashserve.sim.cores import Cores
 from flashserve.sim.ledger import Account, Ledger, Use
 from flashserve.sim.links import CallAt, Move
 from flashserve.sim.profiles import THIS, EngineShape, Profile, Speeds, StepCosts
@@ -150,6 +151,7 @@ class ModelledNode:
         self._replicas: dict[ReplicaId, ModelledReplica] = {}
         self._stopping: set[ModelledReplica] = set()
         self._workers = Workers(self.spec.num_workers, self._speeds.max_asleep)
+        self._cores = Cores(self._call_at, self._speeds.compute_at_once)
         self._num_live = self.spec.num_workers
 
     def join(self) -> None:
@@ -263,15 +265,12 @@ class ModelledNode:
         if early:
             if replica.resident.is_loaded:
                 self._copy(replica, replica.model.size_bytes, self._opened, now)
-            phases = self._phases(replica, began_at, 0.0, init_s)
-            ready = functools.partial(self._ready, replica, phases)
-            self._call_at(now + init_s, ready)
+            self._build(replica, self._phases(replica, began_at, 0.0, init_s), now)
             return
 
         def bound(replica: ModelledReplica, now: float) -> None:
             replica.is_open = True
-            phases = self._phases(replica, began_at, now - began_at, init_s)
-            self._call_at(now + init_s, functools.partial(self._ready, replica, phases))
+            self._build(replica, self._phases(replica, began_at, now - began_at, init_s), now)
 
         self._copy(replica, replica.model.size_bytes, bound, now)
 
@@ -310,9 +309,18 @@ class ModelledNode:
             self._loaded(replica, now)
             self._plan(replica, now)
 
-    def _ready(self, replica: ModelledReplica, phases: Phases, now: float) -> None:
+    def _build(self, replica: ModelledReplica, phases: Phases, now: float) -> None:
+        """Make or wake the module, which takes `init_s` of a worker's compute."""
+        ready = functools.partial(self._ready, replica, phases, now)
+        self._cores.work(phases.init_s, now, ready)
+
+    def _ready(
+        self, replica: ModelledReplica, phases: Phases, built_from: float, now: float
+    ) -> None:
         if replica.is_gone:
             return
+        if self._cores.are_shared:
+            phases = dataclasses.replace(phases, init_s=now - built_from)
         slots = AdapterSlots(self._num_adapters, self._speeds.adapter_s)
         costs = self._costs.of(replica.model.size_bytes)
         replica.engine = self._make_engine(costs, self._shape, slots, is_open=replica.is_open)
@@ -348,6 +356,7 @@ class ModelledNode:
     def _end(self, replica: ModelledReplica, now: float) -> None:
         """It serves no more; its worker is still its own."""
         replica.is_gone = True
+        self._cores.end(replica, now)
         if replica.move is not None:
             self._storage.device.cancel(replica.move, now)
         if replica.engine is not None:
@@ -423,6 +432,24 @@ class ModelledNode:
     # Engines
 
     def _plan(self, replica: ModelledReplica, now: float) -> None:
+        if self._cores.are_shared:
+            self._compute(replica, now)
+        self._plan_wake(replica, now)
+
+    def _compute(self, replica: ModelledReplica, now: float) -> None:
+        """Let the others that compute know, once this one begins or ends to."""
+        assert replica.engine is not None
+        if replica.engine.is_computing:
+            self._cores.begin(replica, functools.partial(self._pace, replica), now)
+        else:
+            self._cores.end(replica, now)
+
+    def _pace(self, replica: ModelledReplica, stretch: float, now: float) -> None:
+        assert replica.engine is not None
+        replica.engine.pace(stretch, now)
+        self._plan_wake(replica, now)
+
+    def _plan_wake(self, replica: ModelledReplica, now: float) -> None:
         assert replica.engine is not None
         assert replica.wake is not None
         at = max(replica.engine.next_at, now)  # sums of steps may fall a rounding short

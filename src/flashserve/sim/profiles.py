@@ -72,6 +72,8 @@ class Speeds:
     together make no more than dram_total_bytes_per_s (None: every worker has a path of its own).
     init_s: of a start, beside the bytes; wake_s: the same on a worker where the model sleeps.
     executes_while_loading: a replica is ready before its bytes are there, and its first step waits.
+    compute_at_once: as many workers' steps and builds go at full speed at once; more of them share
+    that (None: every worker has an accelerator, or cores, of its own).
     """
 
     remote_bytes_per_s: float = 300e6
@@ -85,6 +87,7 @@ class Speeds:
     adapter_s: float = 0.005
     max_asleep: int = 8
     executes_while_loading: bool = False
+    compute_at_once: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -128,6 +131,8 @@ THIS = Profile(
         worker_start_s=3.9,
         adapter_s=0.005,
         executes_while_loading=True,
+        # A worker has both cores, so whatever computes beside it takes of the same.
+        compute_at_once=1.0,
     ),
     costs=StepCosts(
         size_bytes=269_000_000,
@@ -211,5 +216,6 @@ def load_profile(name: str) -> Profile:
         remote_bytes_per_s=measured.remote_bytes_per_s or THIS.speeds.remote_bytes_per_s,
         disk_bytes_per_s=measured.disk_bytes_per_s,
         dram_bytes_per_s=measured.dram_bytes_per_s,
+        compute_at_once=measured.compute_at_once or THIS.speeds.compute_at_once,
     )
     return dataclasses.replace(THIS, name=name, speeds=speeds)

@@ -118,6 +118,22 @@ class SteppedEngine(abc.ABC):
         self._began_at = 0.0
         self._run = 0
         self._step_s = 0.0
+        self._stretch = 1.0
+
+    @property
+    def is_computing(self) -> bool:
+        return self._run > 0
+
+    def pace(self, stretch: float, now: float) -> None:
+        """From now on every step takes `stretch` times what it costs; what is under way goes on
+        from where it is.
+        """
+        if self._run:
+            done = (now - self._began_at) / self._step_s
+            self._step_s *= stretch / self._stretch
+            self._began_at = now - done * self._step_s
+            self.next_at = max(self._end_at, now)
+        self._stretch = stretch
 
     def add(self, job: Job, now: float) -> None:
         self._enqueue(job, now)
@@ -155,6 +171,10 @@ class SteppedEngine(abc.ABC):
     @property
     def _end_at(self) -> float:
         return self._began_at + self._run * self._step_s if self._is_open else INFINITE
+
+    def _seconds(self, num_prompt: int, num_decodes: int, num_adapters: int) -> float:
+        """Of one step, at the present pace."""
+        return self._costs.step_s(num_prompt, num_decodes, num_adapters) * self._stretch
 
     def _begin(self, now: float) -> None:
         self._run, self._step_s = self._plan(now)

@@ -41,7 +41,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes per second, unless said otherwise; remote is None where no source was given.
 
     disk: cold, past the page cache. dram: what a worker needs to reach a model's bytes in shared
-    memory (page tables of a new mapping). The other figures are for the reader.
+    memory (page tables of a new mapping). compute_at_once: as many threads' worth of weights as all
+    cores together read at once, which is what workers of one core each share; None in files of
+    earlier versions. The other figures are for the reader.
     """
 
     measured_at: str
@@ -54,6 +56,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     copy_bytes_per_s: _Rate
     fault_bytes_per_s: _Rate
     checksum_bytes_per_s: _Rate
+    compute_at_once: Annotated[float, msgspec.Meta(ge=1, le=1e4)] | None = None
 
 
 def read_calibration(data_dir: Path) -> Calibration | None:
@@ -135,6 +138,8 @@ def _measure(
         progress("copies in memory")
         copied = _copy_seconds(view)
         summed = _median(lambda: _seconds(lambda: xxhash.xxh3_64_intdigest(view)))
+        progress("all cores")
+        at_once = _threads_at_once(view)
         progress("writing to disk")
         file = _write(directory / "bytes", view)
         progress("disk")
@@ -157,6 +162,7 @@ def _measure(
         copy_bytes_per_s=num_bytes / copied,
         fault_bytes_per_s=num_bytes / fault,
         checksum_bytes_per_s=num_bytes / summed,
+        compute_at_once=at_once,
     )
 
 
@@ -202,6 +208,19 @@ def _copy_seconds(source: memoryview) -> float:
         return _median(
             lambda: _seconds(lambda: np.copyto(np.frombuffer(memory, np.uint64), values))
         )
+
+
+def _threads_at_once(source: memoryview) -> float:
+    """How many threads' worth of reading and adding all cores do together, 1 at least.
+
+    What a step of an engine does, in so far as the memory limits it: the weights stream past.
+    """
+    num_cores = len(os.sched_getaffinity(0))
+    parts = np.array_split(np.frombuffer(source, np.uint64), num_cores)
+    alone = _median(lambda: _seconds(parts[0].sum))
+    with concurrent.futures.ThreadPoolExecutor(num_cores) as pool:
+        together = _median(lambda: _seconds(lambda: list(pool.map(np.sum, parts))))
+    return min(max(num_cores * alone / together, 1.0), float(num_cores))
 
 
 def _attach_seconds(num_bytes: int) -> float:

@@ -305,3 +305,22 @@ def test_the_profile_of_this_machine_predicts_its_measured_first_tokens() -> Non
     assert THIS.costs.step_s(512, 0) == pytest.approx(1.109, rel=0.05)
     assert THIS.costs.step_s(0, 8) == pytest.approx(0.0848, rel=0.05)
     assert warm + THIS.speeds.init_s == pytest.approx(0.134, rel=0.05)
+
+
+def test_engines_that_share_cores_slow_each_other_and_starts_as_well() -> None:
+    bench = Bench(compute_at_once=1.0)
+    first, second = bench.start("a"), bench.start("b")
+    bench.run()
+    # Both loads take 2 s for sharing the disk and 0.1 s to the device; then both build together.
+    assert ready_at(bench) == pytest.approx({"a": 2.5, "b": 2.5}, abs=0.11)
+    began = bench.now
+    bench.ask(first, "r1")
+    bench.run()
+    assert bench.now - began == pytest.approx(6 * 0.1)
+    began = bench.now
+    bench.ask(first, "r2")
+    bench.ask(second, "r3")
+    bench.run()
+    assert bench.now - began == pytest.approx(2 * 6 * 0.1)
+    ready = [event for _, event in bench.heard(ReplicaReady)]
+    assert [event.phases.init_s for event in ready] == pytest.approx([0.4, 0.4])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,8 @@ def test_every_tier_is_measured_and_nothing_is_left_behind(tmp_path: Path) -> No
     assert sorted(remote.begins) == [0, CHUNK_BYTES]
     assert remote.is_closed
     assert {"disk", "remote: s3://bucket/model"} <= set(steps)
+    assert measured.compute_at_once is not None
+    assert 1 <= measured.compute_at_once <= len(os.sched_getaffinity(0))
     assert list(tmp_path.iterdir()) == []
 
 
