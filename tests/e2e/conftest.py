@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.e2e.harness import Server, running
+from tests.e2e.harness import MODEL, Server, running
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -32,7 +32,12 @@ def checkpoint() -> Path:
 
 @pytest.fixture(scope="session")
 def server(checkpoint: Path) -> Iterator[Server]:
-    """A server with the model deployed, shared by the tests that leave both as they were."""
-    with running(checkpoint) as started:
+    """A server with the model deployed, shared by the tests that leave both as they were.
+
+    It has the policy of any server. The model has a keep-alive of its own, so that no forecast
+    stops it between two steps of a test.
+    """
+    with running(POLICY__NAME="") as started:
+        started.deploy(MODEL, checkpoint, keep_alive_s=300)
         yield started
         assert started.stop() == 0, started.log()

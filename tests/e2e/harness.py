@@ -45,7 +45,8 @@ def eventually(
 class Server:
     """One server process with a data directory of its own.
 
-    settings: variables without their FLASHSERVE_ prefix, such as NODE__NUM_WORKERS="1".
+    settings: variables without their FLASHSERVE_ prefix, such as NODE__NUM_WORKERS="1"; an empty
+    one is left at its default.
     """
 
     def __init__(self, data_dir: Path, **settings: str) -> None:
@@ -62,7 +63,8 @@ class Server:
             "ENGINE__KV_BYTES": "96MiB",
         }
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("FLASHSERVE_")}
-        chosen = {f"FLASHSERVE_{name}": value for name, value in {**small, **settings}.items()}
+        wanted = {**small, **settings}
+        chosen = {f"FLASHSERVE_{name}": value for name, value in wanted.items() if value}
         self.env = {**inherited, **chosen, "PYTHONUNBUFFERED": "1"}
         self.url = ""
         self._process: subprocess.Popen[str] | None = None
@@ -113,6 +115,12 @@ class Server:
         self.signal(signal.SIGTERM)
         return self.wait()
 
+    def kill(self) -> None:
+        """If it runs."""
+        if self.is_alive():
+            self.signal(signal.SIGKILL)
+            self.wait()
+
     def log(self) -> str:
         return self._log().read_text()
 
@@ -138,10 +146,10 @@ class Server:
         assert done.returncode == 0, f"{args}: {done.stderr}\n{self.log()}"
         return done.stdout
 
-    def deploy(self, name: str, source: str | Path) -> None:
+    def deploy(self, name: str, source: str | Path, **options: object) -> None:
         """As the command does, which takes a second to start."""
         with self.admin() as admin:
-            body = {"name": name, "source": str(source)}
+            body = {"name": name, "source": str(source), **options}
             reply = admin.post("/admin/v1/models", json=body)
         assert reply.is_success, f"{reply.text}\n{self.log()}"
 
@@ -214,9 +222,7 @@ def running(checkpoint: Path | None = None, **settings: str) -> Iterator[Server]
                 server.deploy(MODEL, checkpoint)
             yield server
         finally:
-            if server.is_alive():
-                server.signal(signal.SIGKILL)
-                server.wait()
+            server.kill()
 
 
 def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.e2e.harness import MODEL, QUESTION, Server, eventually
+from tests.e2e.harness import MODEL, QUESTION, Server
 
 
 def test_run_prints_the_answer_and_nothing_else(server: Server) -> None:
@@ -90,20 +90,6 @@ def test_the_tiers_say_what_they_hold(server: Server) -> None:
     heading, first, *_ = server.succeed("ps", "--tiers").splitlines()
     assert heading.split()[:2] == ["tier", "total_bytes"]
     assert first.startswith("dram")
-
-
-def test_a_model_stops_when_its_keep_alive_is_over_and_wakes_again(
-    server: Server, checkpoint: Path
-) -> None:
-    server.succeed("deploy", "nap", str(checkpoint), "--keep-alive", "0.5")
-    first = server.ask(model="nap", max_tokens=8)
-    asleep = eventually(
-        lambda: (model := server.model("nap"))["state"] == "cold" and model, "nap is cold"
-    )
-    assert asleep["tier"] == "dram"
-    assert asleep["replicas"] == 0
-    assert server.ask(model="nap", max_tokens=8) == first
-    server.succeed("delete", "nap")
 
 
 def test_decisions_say_why(server: Server) -> None:

@@ -31,9 +31,7 @@ def deployed(checkpoint: Path) -> Iterator[Server]:
             server.deploy(MODEL, checkpoint)
             yield server
         finally:
-            if server.is_alive():
-                server.signal(signal.SIGKILL)
-                server.wait()
+            server.kill()
 
 
 @pytest.fixture
@@ -108,6 +106,20 @@ def test_a_second_signal_stops_at_once(own_server: Server) -> None:
         list(chunks)
     assert own_server.wait() != 0
     eventually(lambda: not any(map(is_running, processes)), "the processes are gone", within_s=5)
+
+
+def test_a_model_stops_when_its_keep_alive_is_over_and_wakes_again(
+    own_server: Server, checkpoint: Path
+) -> None:
+    own_server.succeed("deploy", "nap", str(checkpoint), "--keep-alive", "0.5")
+    first = own_server.ask(model="nap", max_tokens=8)
+    asleep = eventually(
+        lambda: (model := own_server.model("nap"))["state"] == "cold" and model, "nap is cold"
+    )
+    assert asleep["tier"] == "dram"
+    assert asleep["replicas"] == 0
+    assert own_server.ask(model="nap", max_tokens=8) == first
+    own_server.succeed("delete", "nap")
 
 
 @contextlib.contextmanager
