@@ -11,10 +11,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.unit.control.fake_nodes import Fleet, model, node
 
 from flashserve.config import PolicySettings
-from flashserve.control.records import Model, Status
+from flashserve.control.records import Model, Node, Status
 from flashserve.messages import events
 from flashserve.policy import baselines
-from flashserve.policy.cost import Prices
+from flashserve.policy.cost import Prices, extent_bytes
 from flashserve.policy.histogram import HybridHistogram
 from flashserve.policy.plans import Policy
 from flashserve.policy.scaling import Predictive
@@ -278,10 +278,22 @@ def settle(fleet: Fleet) -> None:
 
 
 def minimum_takes_all(fleet: Fleet) -> bool:
-    """Whether as many replicas are always there as there are workers, so that others wait."""
+    """Whether replicas that are always there take every worker, or the memory that others need."""
     state = fleet.controller._state
     wanted = sum(known.spec.scaling.min_replicas for known in state.models.values())
-    return wanted >= sum(fake.spec.num_workers for fake in fleet.nodes.values())
+    if wanted >= sum(fake.spec.num_workers for fake in fleet.nodes.values()):
+        return True
+    waiting = [
+        extent_bytes(known.spec.size_bytes) for known in state.models.values() if known.waiting
+    ]
+    return all(
+        num_bytes > max(map(_left_by_minimum, state.nodes.values())) for num_bytes in waiting
+    )
+
+
+def _left_by_minimum(known: Node) -> int:
+    kept = {r.model_id for r in known.replicas.values() if r.is_kept}
+    return known.capacity_bytes - sum(known.resident[name].num_bytes for name in kept)
 
 
 TestAnything = Anything.TestCase
