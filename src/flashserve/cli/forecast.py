@@ -98,7 +98,7 @@ def _status_line(status: Mapping[str, Any]) -> str:
         case "failed":
             return f"the forecaster failed and will be tried again: {status['reason']}"
     if not status["num_series"]:
-        return "nothing is forecast: no request has come yet"
+        return "nothing is forecast yet: forecasts begin with the minute after the first request"
     number = status["num_series"]
     made_at = datetime.datetime.fromtimestamp(status["made_at"], tz=datetime.UTC)
     return f"{number} forecast from {made_at:%H:%M} UTC on{_training(status['training'])}"

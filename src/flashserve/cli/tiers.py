@@ -58,14 +58,15 @@ def _lines(node: dict[str, Any]) -> Iterator[str]:
 
 
 def _arena_line(node: dict[str, Any]) -> str:
-    arena, (dram, *_) = node["arena"], node["tiers"]
+    arena = node["arena"]
     huge = console.human_bytes(arena["huge_page_bytes"])
     if not arena["prefaulted_bytes"] and not arena["is_prefaulting"]:
         taken = "not pre-faulted"
     else:
         done = console.human_bytes(arena["prefaulted_bytes"])
         goes_on = " so far" if arena["is_prefaulting"] else ""
-        taken = f"{done} of {console.human_bytes(dram['total_bytes'])} pre-faulted{goes_on}"
+        total = console.human_bytes(arena["total_bytes"])
+        taken = f"{done} of {total} pre-faulted{goes_on}"
     parts = [taken, f"{huge} in huge pages"]
     if nodes := arena["numa_nodes"]:
         parts.append(f"spread over {len(nodes)} NUMA nodes")

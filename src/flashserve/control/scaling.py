@@ -200,11 +200,16 @@ def _start_ahead(state: State, model: Model, now: float) -> list[Command]:
     if placement is None:
         return []
     node = state.nodes[placement.node_id]
-    why = f"ahead of requests: {model.plan.reason}; " if model.plan.reason else "wanted; "
-    placement = dataclasses.replace(placement, reason=why + placement.reason)
+    placement = dataclasses.replace(placement, reason=_why_ahead(model) + placement.reason)
     worker = slots.worker_state(node)
     commands = room.make_room(state, node, model, now, for_replica=True)
     return [*commands, orders.start_replica(state, node, model, placement, worker, now)]
+
+
+def _why_ahead(model: Model) -> str:
+    if model.num_serving < (least := model.spec.scaling.min_replicas):
+        return f"min_replicas {least}; "
+    return f"ahead of requests: {model.plan.reason}; " if model.plan.reason else "wanted; "
 
 
 def _is_worth(state: State, node: Node, model: Model, now: float) -> bool:

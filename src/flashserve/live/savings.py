@@ -121,9 +121,9 @@ class Savings:
             CatalogueError: what was kept cannot be read.
         """
         await self.flush()
-        first_day = self._today - num_days + 1
-        accounts = await self._catalogue.usage(first_day)
-        return make_report(accounts, self.policy, self._prices, first_day, self.broken)
+        accounts = await self._catalogue.usage(self._today - num_days + 1)
+        since = self._today if accounts.first_day is None else accounts.first_day
+        return make_report(accounts, self.policy, self._prices, since, self.broken)
 
     def forget_model(self, model_id: ModelId) -> None:
         """Drop a deleted model from what was counted since the start; its days are kept."""

@@ -51,7 +51,9 @@ class Against:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Report:
-    """since: the first day, in UTC. broken: shadows that failed, and why."""
+    """since: the first day of which something is counted, in UTC. broken: shadows that failed,
+    and why.
+    """
 
     since: str
     policy: str

@@ -56,10 +56,11 @@ ShadowSeries = tuple[str, ModelId]
 
 @dataclasses.dataclass(slots=True)
 class Accounts:
-    """What was taken in some time."""
+    """What was taken in some time. first_day: of what was read; None where nothing was kept."""
 
     usage: dict[Series, WorkerUsage] = dataclasses.field(default_factory=dict)
     compared: dict[ShadowSeries, Compared] = dataclasses.field(default_factory=dict)
+    first_day: int | None = None
 
     def add(self, other: Accounts) -> None:
         for series, usage in other.usage.items():
@@ -88,6 +89,9 @@ def read(connection: sqlite3.Connection, first_day: int) -> Accounts:
     sums = ", ".join(f"sum({name})" for name in FIELDS)
     live = ", ".join(f"sum(live_{name})" for name in FIELDS)
     accounts = Accounts()
+    (accounts.first_day,) = connection.execute(
+        "SELECT min(day) FROM usage WHERE day >= ?", (first_day,)
+    ).fetchone()
     for model_id, adapter, tenant, *values in connection.execute(
         f"SELECT model_id, adapter, tenant, {sums} FROM usage WHERE day >= ?"  # noqa: S608
         " GROUP BY model_id, adapter, tenant",

@@ -93,9 +93,10 @@ class Predictive:
         cold_s = self._cold(facts) / max(self._prices.gpu_per_s, 1e-12)
         age_s = now - facts.last_arrival_at
         keep_s = self._gaps.keep_s(facts.model_id, age_s, max(next_due - now, 0.0), cold_s)
+        worth = f"worth {text.seconds(keep_s)} more" if keep_s > 0 else "not worth more"
         reason = (
-            f"the next request after {text.seconds(age_s)}: worth {text.seconds(keep_s)} more, "
-            f"as a start costs {text.seconds(cold_s)} idle"
+            f"{worth} after a request {text.seconds(age_s)} ago, "
+            f"where a start costs as much as {text.seconds(cold_s)} idle"
         )
         return Plan(wanted, now - facts.idle_since + keep_s, next_due, rate, reason=reason)
 

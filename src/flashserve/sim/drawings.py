@@ -25,6 +25,7 @@ _HOUR = 3600.0
 _NUM_POINTS = 150
 _NUM_SAMPLES = 200
 _WIDE = (8.4, 3.4)
+_LEAST_PART = 0.001
 
 
 def frontier(found: Sequence[Figures], number_of_days: float) -> Markup:
@@ -178,12 +179,16 @@ def distribution(results: Results) -> Markup:
 
 
 def parts(found: Figures) -> Markup:
-    """Mean seconds of each phase of a cold request's time to the first token, end to end."""
+    """Mean seconds of each phase of a cold request's time to the first token, end to end.
+
+    Those that nobody could see are left out.
+    """
 
     def draw(axes: Any) -> None:
         left = 0.0
+        least = _LEAST_PART * sum(found.cold_parts_s.values())
         for number, (name, seconds) in enumerate(found.cold_parts_s.items()):
-            if seconds <= 0:
+            if seconds <= least:
                 continue
             label = f"{name.removesuffix('_s')} {seconds:.3g} s"
             axes.barh([""], [seconds], left=left, color=f"C{number}", label=label)

@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from flashserve.forecast import pages
 from flashserve.forecast.traces import DAY
+from flashserve.policy import text
 from flashserve.policy.cost import Prices
 from flashserve.sim import drawings
 from flashserve.sim.figures import Answers, Costs, Figures
@@ -61,8 +62,8 @@ loading; cost is of all that was held, with the bytes in DRAM and on disk.</p>
 <p>Kinds are told from each model's own arrivals: rare (under 20 minutes with arrivals), timer
 (equal gaps), diurnal (follows the hour of the day), bursty (the rest), llm (clients of a language
 model).</p>
-{% for cohort, table in cohorts.items() %}
-<h3>{{ cohort }}</h3>
+{% for heading, table in cohorts.items() %}
+<h3>{{ heading }}</h3>
 <div class="wide">{{ table }}</div>
 {% endfor %}
 </section>
@@ -130,7 +131,9 @@ def page(
         "answers": pages.table(COLUMNS, rows(found)),
         "cold": drawings.cold_shares(found),
         "on_device": drawings.on_device([results for results, _ in ran]),
-        "cohorts": {cohort: _cohort_table(found, cohort) for cohort in cohorts},
+        "cohorts": {
+            _cohort_heading(found, cohort): _cohort_table(found, cohort) for cohort in cohorts
+        },
         "policies": [_policy(results, figures) for results, figures in ran],
     }
     return pages.render(_PAGE, values)
@@ -166,11 +169,16 @@ def row(name: str, answers: Answers, costs: Costs) -> list[str]:
 
 def _cohort_table(found: Sequence[Figures], cohort: str) -> Markup:
     lines = [
-        [*row(each.policy, of.answers, of.costs), f"{of.models}", f"{of.answers.requests}"]
-        for each in found
-        if (of := each.cohorts.get(cohort))
+        row(each.policy, of.answers, of.costs) for each in found if (of := each.cohorts.get(cohort))
     ]
-    return pages.table([*COLUMNS, "models", "requests"], lines)
+    return pages.table(COLUMNS, lines)
+
+
+def _cohort_heading(found: Sequence[Figures], cohort: str) -> str:
+    """With what is the same for all policies."""
+    of = next(each.cohorts[cohort] for each in found if cohort in each.cohorts)
+    models, requests = text.count(of.models, "model"), text.count(of.answers.requests, "request")
+    return f"{cohort}: {models}, {requests}"
 
 
 def _policy(results: Results, figures: Figures) -> dict[str, object]:

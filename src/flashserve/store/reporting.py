@@ -33,12 +33,13 @@ class TierReport:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ArenaReport:
-    """The arena's memory. prefaulted_bytes: taken from the kernel ahead of need so far.
+    """The arena's memory, adapters included. prefaulted_bytes: taken from the kernel ahead of need.
 
     is_prefaulting: more will be taken; refusals: what the kernel would not do, one line each.
     huge_page_bytes: mapped with huge pages; numa_nodes: over which its pages are spread.
     """
 
+    total_bytes: int
     prefaulted_bytes: int
     is_prefaulting: bool
     huge_page_bytes: int
@@ -112,6 +113,7 @@ class Reporter:
         arena, placement = self._arena, self._arena.placement
         refusal = arena.prefault_refusal
         return ArenaReport(
+            arena.num_bytes,
             arena.prefaulted_bytes,
             arena.is_prefaulting,
             arena.huge_page_bytes(),

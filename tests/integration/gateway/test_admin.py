@@ -236,7 +236,7 @@ def test_tiers_are_listed_with_what_is_fetched(http: httpx.Client) -> None:
         "num_evicted": 5,
         "num_damaged": 1,
     }
-    assert node["arena"]["prefaulted_bytes"] == 800
+    assert (node["arena"]["total_bytes"], node["arena"]["prefaulted_bytes"]) == (1200, 800)
     assert node["scrub"]["ended_s"] == 12.5
     (fetch,) = node["fetches"]
     assert (fetch["model"], fetch["from"], fetch["to"]) == (MODEL, "remote", "dram")

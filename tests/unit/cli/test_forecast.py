@@ -129,7 +129,10 @@ def test_json_is_what_the_server_said(
             {"state": "failed", "reason": "no disk"},
             "the forecaster failed and will be tried again: no disk",
         ),
-        ({"num_series": 0}, "nothing is forecast: no request has come yet"),
+        (
+            {"num_series": 0},
+            "nothing is forecast yet: forecasts begin with the minute after the first request",
+        ),
         (
             {"training": {"at": 1_790_000_000.0, "outcome": "taken"}},
             "2 forecast from 14:14 UTC on; last training 2026-09-21 14:13 UTC: used",

@@ -37,6 +37,7 @@ def node(**changed: Any) -> dict[str, Any]:
         "node": "local",
         "tiers": [TIER, {**TIER, "tier": "disk", "total_bytes": 500 * GIB}],
         "arena": {
+            "total_bytes": 25 * GIB,
             "prefaulted_bytes": GIB,
             "is_prefaulting": True,
             "huge_page_bytes": 0,
@@ -70,7 +71,7 @@ def test_each_tier_has_a_line_and_the_rest_follows(capsys: pytest.CaptureFixture
     assert " ".join(dram.split()) == "dram 24.0 GiB 20.0 GiB 4.0 GiB 12 3 1234 0"
     assert disk.split()[:3] == ["disk", "500.0", "GiB"]
     assert rest == [
-        "arena: 1.0 GiB of 24.0 GiB pre-faulted so far, 0 B in huge pages",
+        "arena: 1.0 GiB of 25.0 GiB pre-faulted so far, 0 B in huge pages",
         "scrub: 1.0 GiB of 20.0 GiB in this round, the last ended 5 min ago",
     ]
 

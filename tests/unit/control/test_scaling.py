@@ -118,6 +118,9 @@ def test_requests_that_wait_go_before_starts_ahead() -> None:
 def test_the_least_number_of_replicas_is_ready_before_any_request_and_gives_way_to_nobody() -> None:
     f = fleet(model("a", scaling=Scaling(min_replicas=1)), model("b"))
     assert kinds(f.log) == ["StartReplica"]
+    (start,) = f.log
+    assert isinstance(start, StartReplica)
+    assert start.reason.startswith("min_replicas 1; ")
     f.answer_all()
     assert "StopReplica" not in kinds(f.arrive("r1", "b"))
     f.tick(1e4)

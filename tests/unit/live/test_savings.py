@@ -106,7 +106,7 @@ def test_the_report_says_who_took_what_and_what_it_saved(tmp_path: Path) -> None
         return await rig.savings.report(7)
 
     report = play(tmp_path, act)
-    assert (report.policy, report.since) == ("keep-alive-10m", "2024-09-28")
+    assert (report.policy, report.since) == ("keep-alive-10m", "2024-10-04")
     assert report.total.busy_s == pytest.approx(18.0)
     assert report.total.loading_s == pytest.approx(2.0)
     assert report.total.idle_s == pytest.approx(88.0 + 600.0)

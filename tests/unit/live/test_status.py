@@ -51,7 +51,7 @@ def test_memory_adds_up_over_nodes_and_replicas_and_a_silent_node_is_left_out() 
 
 def test_tiers_come_from_the_nodes_that_answer_and_have_some() -> None:
     tier = TierReport(1, 1, 0, 1, 0, 0, 0)
-    report = StoreReport(tier, None, ArenaReport(0, False, 0, (), ()), ScrubReport(), (), {})
+    report = StoreReport(tier, None, ArenaReport(0, 0, False, 0, (), ()), ScrubReport(), (), {})
     with_store = dataclasses.replace(node_stats(3, {}), store=report)
     nodes = [FakeNode(with_store), FakeNode(None), FakeNode(node_stats(4, {}))]
     for name, node in zip("abc", nodes, strict=True):

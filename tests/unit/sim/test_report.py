@@ -30,6 +30,21 @@ def test_what_names_and_reasons_say_is_text_and_no_markup() -> None:
     assert "two models &amp; six requests." in text
 
 
+def test_each_kind_of_traffic_is_headed_by_what_is_the_same_for_all_policies() -> None:
+    text = page("keep-alive-60s", "keep-alive-600s")
+    assert text.count("<h3>rare: 1 model, 2 requests</h3>") == 1
+    assert text.count("<h3>bursty: 1 model, 4 requests</h3>") == 1
+
+
+def test_phases_that_nobody_could_see_are_not_drawn() -> None:
+    run = made.results()
+    assert run.requests.phases is not None
+    run.requests.phases[1:3, 0] = 1e-13
+    text = report.page([(run, figures(run, Prices()))], ABOUT, Prices())
+    assert "dram 1.5 s" in text
+    assert "queue " not in text
+
+
 def test_figures_stand_in_the_table() -> None:
     [row] = report.rows([figures(made.results(), Prices())])
     shown = dict(zip(report.COLUMNS, row, strict=True))
