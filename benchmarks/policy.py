@@ -1,31 +1,37 @@
 """Does the predictive policy pay, against what platforms do and against knowing the future?
 
 Azure functions as models of 7 billion parameters (14 GB, in a directory of every node), drawn in
-proportion to how many functions each series stands for, on one simulated node of 8 H100 (`node`)
-and on 64 of them (`cluster`); token lengths are those of Azure's LLM traces. Each run is a whole
-day from cold. The forecaster is fitted on one half of the functions and on two thirds of the day;
-the models that are reported are functions of the other half. With --fit-traces and --test-traces:
-fitted on one folder's functions, reported on the other's.
+proportion to how many functions each series stands for; token lengths are those of Azure's LLM
+traces. Each run is a whole day from cold. The forecaster is fitted on one half of the functions and
+on two thirds of the day; the models that are reported are functions of the other half. With
+--fit-traces and --test-traces: fitted on one folder's functions, reported on the other's.
+
+Cases: `node` (one simulated node of 8 H100, whose DRAM holds all models) and `cluster` (64 of
+them); `scarce` (one node whose DRAM holds a third of its 300 models, and whose disk is as fast as a
+PCIe 4.0 drive; the first hour, in which everything is read for the first time, is not reported);
+`busy` (an hour of 24-fold traffic on one node: models compete for workers all the time, up to two
+replicas each, 100 adapters per model of which an engine's memory holds 64).
 
 idle_saving_vs_keepalive: GPU-seconds held without a request (idle or loading), to those of the best
 fixed keep-alive with equal or fewer cold starts and a TTFT p95 that is at most 5 % longer. Keep-
 alives are those of KEEP_ALIVES and any mixture of two of them, on the reported day, which favours
-them. Two settings of the policy are measured, whose price of waiting (as a factor on the default)
-was chosen on the fit half alone: `saving` saves most against keep-alives there, `tail` has the best
-p99 against ServerlessLLM's. p99_ttft_vs_serverlessllm: at equal cost means against the cheapest of
-ServerlessLLM's keep-alives that costs at least as much as `tail` does (the dearest, if none does).
-Its value is that of `crowded`, 100 models on one node of 8, where requests wait for workers; the
-rows have it for the others too, where nobody waits and only the tier of a start differs. A request
-that was given up counts as 10,000 s.
-ttft_under_1s: of all requests, under `saving`. cost_over_oracle: workers, DRAM and disk, `saving`
-over the policy that knows every arrival. Ablations repeat `saving` with one part taken away:
-without forecast (keep-alives decide), without tiers (every start comes from disk), without adapter
-affinity (the controller is not told of adapters; 8 for each model in both runs), without admission
-grouping (no patience before a slot changes hands).
+them. The policy's price of waiting (a factor on the default) is what saved most on the fit half.
+ttft_under_1s: of all requests. cost_over_oracle: workers, DRAM and disk, over the policy that knows
+every arrival. All three are the worse of node and cluster.
 
-Values are the unfavourable bounds of bootstrap 95 % intervals over the models of all seeds, the
-worse of node and cluster. No time of this machine is in them. `--live` is a measure of its own:
-see policylive.py.
+p99_ttft_vs_serverlessllm: of `scarce`, whose machine, models and load, as well as the policy's
+setting there, were fixed on the fit half. ServerlessLLM's is that of whichever keep-alive has the
+best p99, cheaper or dearer, among those that give up no larger share of the requests than ours: no
+price buys it a better one. The rows have costs, shares given up, and shares whose start had to read
+from disk; the intervals have the ratio of node and cluster too, where all models are in DRAM.
+
+Ablations repeat a run with one part taken away: without forecast (keep-alives decide, DRAM keeps
+what was used last), without tiers (every start comes from disk), and in `busy` without adapter
+affinity (the controller is not told of adapters) and without admission grouping (no patience before
+a slot changes hands).
+
+Values are the unfavourable bounds of bootstrap 95 % intervals over the models of all seeds. No time
+of this machine is in them. `--live` is a measure of its own: see policylive.py.
 """
 
 from __future__ import annotations
@@ -46,24 +52,25 @@ from flashserve.forecast import decisions
 from flashserve.forecast.core import Floats
 from flashserve.sim.scenario import FORECASTER
 from forecast_traces import folders_of
-from policyruns import Case, Outcome, Sources, Task, interval, pooled, run
+from policyruns import SMALL_NODE, Case, Outcome, Sources, Task, interval, pooled, run
 
 NODE = Case("node", 1, 32, 9_600)
-CLUSTER = Case("cluster", 64, 160, 40_000)
-CROWDED = Case("crowded", 1, 100, 60_000)
-QUICK_CROWDED = Case("crowded", 1, 60, 20_000)
-ADAPTED = Case("adapters", 1, 16, 4_800, adapters_per_model=8)
+CLUSTER = Case("cluster", 64, 100, 20_000)
 QUICK_CLUSTER = Case("cluster", 64, 40, 6_000)
+SCARCE = Case("scarce", 1, 300, 60_000, profile=SMALL_NODE, warm_up_s=3600.0)
+BUSY = Case("busy", 1, 32, 30_000, adapters_per_model=100, compression=24.0, max_replicas=2)
 SEEDS = {
-    "node": tuple(range(4)),
-    "adapters": tuple(range(4)),
+    "node": tuple(range(6)),
+    "busy": (0, 1),
     "cluster": (0, 1),
-    "crowded": (0, 1),
+    "scarce": (0, 1),
 }
 KEEP_ALIVES = (1, 10, 30, 60, 120, 180, 300, 450, 600, 900, 1200, 1800, 3600, 7200)
 QUICK_KEEP_ALIVES = KEEP_ALIVES[1::2]
-SERVERLESSLLM = (1, 10, 30, 60, 180, 600)
-FACTORS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+SERVERLESSLLM = (1, 10, 60, 600)
+SCARCE_SERVERLESSLLM = (1, 3, 10)
+FACTORS = (0.3, 1.0, 3.0, 10.0, 30.0)
+SCARCE_FACTOR = 1.0
 OTHERS = ("always-on", "histogram", "reactive", "oracle")
 OURS = "flashserve"
 ABLATIONS = ("forecast", "tiers", "grouping", "affinity")
@@ -78,12 +85,13 @@ _TOLERANCE = 1.05
 Ran = Mapping[Task, Outcome]
 
 
-def run_all(sources: Sources, tasks: Iterable[Task]) -> dict[Task, Outcome]:
-    """On all cores; those of one case and seed lie together, so that processes share the making."""
-    ordered = sorted(set(tasks), key=lambda task: (-task.case.num_nodes, task.seed, task.on_fit))
-    cores = len(os.sched_getaffinity(0))
+def run_all(sources: Sources, tasks: Iterable[Task], processes: int) -> dict[Task, Outcome]:
+    """Those of one case and seed lie together, so that processes share the making."""
+    ordered = sorted(
+        set(tasks), key=lambda task: (-task.case.num_nodes, task.case.name, task.seed, task.on_fit)
+    )
     ran = {}
-    with concurrent.futures.ProcessPoolExecutor(cores) as pool:
+    with concurrent.futures.ProcessPoolExecutor(processes) as pool:
         futures = {pool.submit(run, sources, task): task for task in ordered}
         for number, future in enumerate(concurrent.futures.as_completed(futures), start=1):
             ran[futures[future]] = future.result()
@@ -129,14 +137,18 @@ class Compared:
         return 1 - float(ours.idle_s @ weights) / best if best else 0.0
 
     def p99_ratio(self, ours: Outcome, weights: Floats) -> float:
-        """ServerlessLLM's p99 over ours, at a setting that costs at least as much."""
-        cost = float(ours.cost @ weights)
-        by_cost = sorted(
-            (float(each.cost @ weights), number) for number, each in enumerate(self.serverless)
-        )
-        number = next((number for theirs, number in by_cost if theirs >= cost), by_cost[-1][1])
-        theirs = self.serverless[number]
-        return theirs.percentile(99, weights) / ours.percentile(99, weights)
+        """ServerlessLLM's p99 over ours, with the keep-alive that has the best, whatever it costs.
+
+        Of those that give up no larger share of the requests; without any, of all.
+        """
+        given_up = ours.share("rejected", np.ones(len(ours.requests)))
+        found = [each for each in self.serverless if _given_up(each) <= given_up]
+        best = min(each.percentile(99, weights) for each in found or self.serverless)
+        return best / ours.percentile(99, weights)
+
+
+def _given_up(outcome: Outcome) -> float:
+    return outcome.share("rejected", np.ones(len(outcome.requests)))
 
 
 def _idle_at(measure: Floats, idle: Floats, at: float) -> float:
@@ -144,36 +156,24 @@ def _idle_at(measure: Floats, idle: Floats, at: float) -> float:
     return decisions.idle_at(measure, idle, max(at, float(measure.min())))
 
 
-def tasks_on_fit(case: Case, keep_alives: Sequence[int]) -> list[Task]:
-    names = [f"keep-alive-{s}s" for s in keep_alives] + [
-        f"serverlessllm-{s}s" for s in SERVERLESSLLM
-    ]
+def tasks_on_fit(case: Case) -> list[Task]:
+    names = [f"keep-alive-{s}s" for s in QUICK_KEEP_ALIVES]
     return [
         *(Task(case, 0, name, on_fit=True) for name in names),
         *(Task(case, 0, OURS, factor, on_fit=True) for factor in FACTORS),
     ]
 
 
-def chosen_factors(compared: Compared) -> tuple[float, float]:
-    """Of `saving` and `tail`, on the fit half."""
+def chosen_factor(compared: Compared) -> float:
+    """With which most is saved on the fit half, among those that are quick there."""
     found = {factor: compared.of(OURS, factor) for factor in FACTORS}
     ones = np.ones(len(found[1.0].requests))
     quick = [f for f in FACTORS if found[f].share_under_1s(ones) >= 0.99] or list(FACTORS)
-    return (
-        max(quick, key=lambda factor: compared.saving(found[factor], ones)),
-        best_tail(compared),
-    )
-
-
-def best_tail(compared: Compared) -> float:
-    """The factor with the best p99 against ServerlessLLM's; the smallest among equals."""
-    found = {factor: compared.of(OURS, factor) for factor in FACTORS}
-    ones = np.ones(len(found[1.0].requests))
-    return max(FACTORS, key=lambda factor: (compared.p99_ratio(found[factor], ones), -factor))
+    return max(quick, key=lambda factor: compared.saving(found[factor], ones))
 
 
 def tasks_of(
-    case: Case, seeds: Sequence[int], keep_alives: Sequence[int], factors: tuple[float, float]
+    case: Case, seeds: Sequence[int], keep_alives: Sequence[int], factor: float
 ) -> list[Task]:
     names = [f"keep-alive-{s}s" for s in keep_alives] + [
         f"serverlessllm-{s}s" for s in SERVERLESSLLM
@@ -181,38 +181,22 @@ def tasks_of(
     found = []
     for seed in seeds:
         found += [Task(case, seed, name) for name in (*names, *OTHERS)]
-        found += [Task(case, seed, OURS, factor) for factor in {*factors, 1.0}]
-        if case.adapters_per_model == 0:
-            found += [Task(case, seed, OURS, factors[0], part) for part in ABLATIONS[:-1]]
+        found += [Task(case, seed, OURS, f) for f in {factor, 1.0}]
+        found += [Task(case, seed, OURS, factor, part) for part in ABLATIONS[:2]]
     return found
 
 
-def tasks_of_crowded(case: Case, seeds: Sequence[int], factor: float) -> list[Task]:
+def tasks_of_scarce(seeds: Sequence[int]) -> list[Task]:
     found = []
     for seed in seeds:
-        found += [Task(case, seed, f"serverlessllm-{s}s") for s in SERVERLESSLLM]
-        found += [Task(case, seed, OURS, factor, part) for part in ("", "forecast", "grouping")]
+        found += [Task(SCARCE, seed, f"serverlessllm-{s}s") for s in SCARCE_SERVERLESSLLM]
+        found += [Task(SCARCE, seed, OURS, SCARCE_FACTOR, part) for part in ("", "forecast")]
     return found
 
 
-def judge_crowded(compared: Compared, case: Case, factor: float, resamples: int) -> Judged:
-    """Only against ServerlessLLM: what waits for a worker is what differs here."""
-    tail = compared.of(OURS, factor)
-    bounds = interval(lambda w: compared.p99_ratio(tail, w), len(tail.requests), resamples)
-    under = interval(tail.share_under_1s, len(tail.requests), resamples)
-    shown = {
-        f"serverlessllm-{s}s": each
-        for s, each in zip(SERVERLESSLLM, compared.serverless, strict=True)
-    }
-    shown[f"flashserve tail (x{factor:g})"] = tail
-    for part in ("forecast", "grouping"):
-        shown[f"tail without {part}"] = compared.of(OURS, factor, part)
-    rows = [row(case.name, name, outcome, None) for name, outcome in shown.items()]
-    return Judged(rows, {"p99_ttft_vs_serverlessllm": bounds, "ttft_under_1s": under})
-
-
-def tasks_of_adapters(seeds: Sequence[int], factor: float) -> list[Task]:
-    return [Task(ADAPTED, seed, OURS, factor, part) for seed in seeds for part in ("", "affinity")]
+def tasks_of_busy(seeds: Sequence[int]) -> list[Task]:
+    parts = ("", *ABLATIONS[2:])
+    return [Task(BUSY, seed, OURS, 1.0, part) for seed in seeds for part in parts]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -223,9 +207,8 @@ class Judged:
     intervals: dict[str, tuple[float, ...]]
 
 
-def judge(compared: Compared, case: Case, factors: tuple[float, float], resamples: int) -> Judged:
-    saving, tail = compared.of(OURS, factors[0]), compared.of(OURS, factors[1])
-    oracle = compared.of("oracle")
+def judge(compared: Compared, case: Case, factor: float, resamples: int) -> Judged:
+    saving, oracle = compared.of(OURS, factor), compared.of("oracle")
     num = len(saving.requests)
 
     def bounds(figure: Callable[[Floats], float]) -> tuple[float, ...]:
@@ -235,30 +218,57 @@ def judge(compared: Compared, case: Case, factors: tuple[float, float], resample
         "idle_saving_vs_keepalive": bounds(lambda w: compared.saving(saving, w)),
         "idle_saving_at_equal_cold": bounds(lambda w: compared.saving(saving, w, at_p95=False)),
         "ttft_under_1s": bounds(saving.share_under_1s),
-        "p99_ttft_vs_serverlessllm": bounds(lambda w: compared.p99_ratio(tail, w)),
+        "p99_ttft_vs_serverlessllm": bounds(lambda w: compared.p99_ratio(saving, w)),
         "cost_over_oracle": bounds(
             lambda w: float(saving.cost @ w) / max(float(oracle.cost @ w), 1e-9)
         ),
     }
-    return Judged(list(_rows(compared, case, factors)), intervals)
+    return Judged(list(_rows(compared, case, factor)), intervals)
 
 
-def _rows(compared: Compared, case: Case, factors: tuple[float, float]) -> Iterable[dict[str, Any]]:
+def _rows(compared: Compared, case: Case, factor: float) -> Iterable[dict[str, Any]]:
     shown = {name: compared.of(name) for name in OTHERS}
     for name in ("keep-alive-60s", "keep-alive-300s", "keep-alive-600s", "keep-alive-3600s"):
         try:
             shown[name] = compared.of(name)
         except KeyError:
             continue
-    for seconds in SERVERLESSLLM[1::2]:
+    for seconds in SERVERLESSLLM:
         shown[f"serverlessllm-{seconds}s"] = compared.of(f"serverlessllm-{seconds}s")
     shown["flashserve as configured"] = compared.of(OURS)
-    shown[f"flashserve saving (x{factors[0]:g})"] = compared.of(OURS, factors[0])
-    shown[f"flashserve tail (x{factors[1]:g})"] = compared.of(OURS, factors[1])
-    for part in ABLATIONS[:-1]:
-        shown[f"saving without {part}"] = compared.of(OURS, factors[0], part)
+    shown[f"flashserve (x{factor:g})"] = compared.of(OURS, factor)
+    for part in ABLATIONS[:2]:
+        shown[f"flashserve without {part}"] = compared.of(OURS, factor, part)
     for name, outcome in shown.items():
         yield row(case.name, name, outcome, compared)
+
+
+def judge_scarce(compared: Compared, resamples: int) -> Judged:
+    """Only against ServerlessLLM: what is read from disk is what differs here."""
+    ours = compared.of(OURS, SCARCE_FACTOR)
+    num = len(ours.requests)
+    shown = {
+        f"serverlessllm-{s}s": compared.of(f"serverlessllm-{s}s") for s in SCARCE_SERVERLESSLLM
+    }
+    shown[f"flashserve (x{SCARCE_FACTOR:g})"] = ours
+    shown["flashserve without forecast"] = compared.of(OURS, SCARCE_FACTOR, "forecast")
+    rows = [row(SCARCE.name, name, outcome, None) for name, outcome in shown.items()]
+    return Judged(
+        rows,
+        {
+            "p99_ttft_vs_serverlessllm": interval(
+                lambda w: compared.p99_ratio(ours, w), num, resamples
+            ),
+            "ttft_under_1s": interval(ours.share_under_1s, num, resamples),
+        },
+    )
+
+
+def rows_of_busy(compared: Compared) -> list[dict[str, Any]]:
+    shown = {"flashserve": compared.of(OURS)}
+    for part in ABLATIONS[2:]:
+        shown[f"flashserve without {part}"] = compared.of(OURS, 1.0, part)
+    return [row(BUSY.name, name, outcome, None) for name, outcome in shown.items()]
 
 
 def row(case: str, name: str, outcome: Outcome, compared: Compared | None) -> dict[str, Any]:
@@ -268,6 +278,8 @@ def row(case: str, name: str, outcome: Outcome, compared: Compared | None) -> di
         "policy": name,
         "requests": int(outcome.requests.sum()),
         "cold_share": outcome.cold_share(ones),
+        "missed_dram": outcome.share("missed", ones),
+        "given_up": outcome.share("rejected", ones),
         **{f"ttft_p{p}_s": outcome.percentile(p, ones) for p in (50, 95, 99)},
         "under_1s": outcome.share_under_1s(ones),
         "busy_h": float(outcome.busy_s.sum()) / 3600,
@@ -293,6 +305,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="write the report there")
     parser.add_argument("--live", action="store_true", help="compare with the real server instead")
     parser.add_argument("--forecaster", default=FORECASTER)
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
     for option in ("--traces", "--fit-traces", "--test-traces"):
         parser.add_argument(option, metavar="DIR", type=pathlib.Path)
     return parser.parse_args()
@@ -310,29 +323,21 @@ def main() -> None:
     seeds = {name: numbers[: 1 if args.quick else None] for name, numbers in SEEDS.items()}
     keep_alives = QUICK_KEEP_ALIVES if args.quick else KEEP_ALIVES
     cases = (NODE, QUICK_CLUSTER if args.quick else CLUSTER)
-    ran = run_all(sources, [t for case in cases for t in tasks_on_fit(case, QUICK_KEEP_ALIVES)])
-    factors = {case: chosen_factors(Compared(ran, case, (0,), on_fit=True)) for case in cases}
-    crowded = QUICK_CROWDED if args.quick else CROWDED
-    fitted = Compared(run_all(sources, tasks_on_fit(crowded, ())), crowded, (0,), on_fit=True)
-    crowded_factor = best_tail(fitted)
+    ran = run_all(sources, [t for case in cases for t in tasks_on_fit(case)], args.processes)
+    factors = {case: chosen_factor(Compared(ran, case, (0,), on_fit=True)) for case in cases}
     tasks = [
         t for case in cases for t in tasks_of(case, seeds[case.name], keep_alives, factors[case])
     ]
-    tasks += tasks_of_crowded(crowded, seeds["crowded"], crowded_factor)
-    ran = run_all(sources, [*tasks, *tasks_of_adapters(seeds["adapters"], factors[NODE][0])])
+    tasks += tasks_of_scarce(seeds["scarce"]) + tasks_of_busy(seeds["busy"])
+    ran = run_all(sources, tasks, args.processes)
     resamples = 200 if args.quick else 1000
     judged = {
         case.name: judge(Compared(ran, case, seeds[case.name]), case, factors[case], resamples)
         for case in cases
     }
-    judged[crowded.name] = judge_crowded(
-        Compared(ran, crowded, seeds["crowded"]), crowded, crowded_factor, resamples
-    )
+    judged["scarce"] = judge_scarce(Compared(ran, SCARCE, seeds["scarce"]), resamples)
     rows = [each for case in judged.values() for each in case.rows]
-    adapted = Compared(ran, ADAPTED, seeds["adapters"])
-    for part in ("", "affinity"):
-        name = f"saving without {part}" if part else "saving"
-        rows.append(row(ADAPTED.name, name, adapted.of(OURS, factors[NODE][0], part), None))
+    rows += rows_of_busy(Compared(ran, BUSY, seeds["busy"]))
     rows += [
         {
             **dict.fromkeys(rows[0]),
@@ -348,9 +353,7 @@ def main() -> None:
         seed=0,
         rows=rows,
         ratios={
-            "p99_ttft_vs_serverlessllm": judged[crowded.name].intervals[
-                "p99_ttft_vs_serverlessllm"
-            ][1]
+            "p99_ttft_vs_serverlessllm": judged["scarce"].intervals["p99_ttft_vs_serverlessllm"][1]
         },
         values=values_of(judged),
         aims={"p99_ttft_vs_serverlessllm": 3.3},

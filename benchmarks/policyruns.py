@@ -22,21 +22,41 @@ from flashserve.sim.profiles import H100_NODE, Profile
 from flashserve.sim.results import Results
 from flashserve.sim.run import Cluster
 from flashserve.sim.workload import Arrival, Workload, WorkloadSettings, make_workload
+from flashserve.types import Tier
 
 TRACES = ("azure2019_functions_1day.parquet", "azure2019_sample500_8h.parquet")
 PRICES = Prices()
+_GB = 10**9
+SMALL_NODE = dataclasses.replace(
+    # Google Cloud's a3-highgpu-8g: 8 H100, 1,872 GB of memory of which three quarters, and 16 local
+    # SSDs of 375 GB, which together read 1.6 million blocks of 4 KiB a second. About one PCIe 4.0
+    # drive's rate, as in the servers on which ServerlessLLM's paper measures its scheduler.
+    H100_NODE,
+    name="8xh100, 1.4 TB of DRAM, 6.5 GB/s of disk",
+    dram_bytes=1404 * _GB,
+    disk_bytes=5400 * _GB,
+    speeds=dataclasses.replace(H100_NODE.speeds, disk_bytes_per_s=6.5e9),
+)
 _EDGES = np.geomspace(1e-3, 1e4, 1200)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Case:
-    """num_requests: busy models are thinned to about so many in all."""
+    """num_requests: busy models are thinned to about so many in all.
+
+    warm_up_s: requests before it are served and paid for, but not reported. compression: how many
+    times faster than in the trace everything comes.
+    """
 
     name: str
     num_nodes: int
     num_models: int
     num_requests: int
     adapters_per_model: int = 0
+    profile: Profile = H100_NODE
+    warm_up_s: float = 0.0
+    compression: float = 1.0
+    max_replicas: int = 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,11 +87,14 @@ class Task:
 class Outcome:
     """[models] each; ttft: [models, len(_EDGES) + 1], requests by time to the first token.
 
-    idle_s: of workers held without a request, idle or loading; cost: of all that was held.
+    missed: whose start had to read from below DRAM; rejected: those that were given up. idle_s: of
+    workers held without a request, idle or loading; cost: of all that was held.
     """
 
     requests: Floats
     cold: Floats
+    missed: Floats
+    rejected: Floats
     under_1s: Floats
     idle_s: Floats
     busy_s: Floats
@@ -80,6 +103,10 @@ class Outcome:
 
     def cold_share(self, weights: Floats) -> float:
         return float(self.cold @ weights) / max(float(self.requests @ weights), 1.0)
+
+    def share(self, field: str, weights: Floats) -> float:
+        """Of requests: those of a field that counts them."""
+        return float(getattr(self, field) @ weights) / max(float(self.requests @ weights), 1.0)
 
     def share_under_1s(self, weights: Floats) -> float:
         return float(self.under_1s @ weights) / max(float(self.requests @ weights), 1.0)
@@ -101,10 +128,10 @@ def pooled(outcomes: list[Outcome]) -> Outcome:
     )
 
 
-def summed_up(results: Results) -> Outcome:
+def summed_up(results: Results, warm_up_s: float = 0.0) -> Outcome:
     requests, spent, num = results.requests, results.spent, len(results.models)
     times = np.where(requests.is_rejected, np.inf, requests.ttft_s)
-    counted = ~np.isnan(times)
+    counted = ~np.isnan(times) & (requests.arrived_at >= warm_up_s)
     model, times = requests.model[counted], times[counted]
     ttft = np.zeros((num, len(_EDGES) + 1), np.float32)
     np.add.at(ttft, (model, np.searchsorted(_EDGES, times)), 1.0)
@@ -113,6 +140,8 @@ def summed_up(results: Results) -> Outcome:
     return Outcome(
         count(model).astype(float),
         count(model, weights=requests.is_cold[counted]),
+        count(model, weights=requests.is_cold[counted] & (requests.tier[counted] < Tier.DRAM)),
+        count(model, weights=requests.is_rejected[counted]),
         count(model, weights=times < 1.0),
         held_s,
         spent.busy_s,
@@ -126,11 +155,12 @@ def summed_up(results: Results) -> Outcome:
 def run(sources: Sources, task: Task) -> Outcome:
     """In whatever process; what several runs need is made once in each."""
     workload = _workload(sources, task.case, task.seed, task.on_fit)
-    settings, profile, is_forecast = PolicySettings(), H100_NODE, None
+    settings = PolicySettings(max_replicas=task.case.max_replicas)
+    profile, is_forecast = task.case.profile, None
     if task.ablation == "forecast":
         is_forecast = False
     elif task.ablation == "grouping":
-        settings = PolicySettings(slot_patience_s=0.0)
+        settings = settings.model_copy(update={"slot_patience_s": 0.0})
     elif task.ablation == "tiers":
         profile = without_dram_tier(profile)
     elif task.ablation == "affinity":
@@ -155,7 +185,7 @@ def run(sources: Sources, task: Task) -> Outcome:
         keep_decisions=0,
         keep_phases=False,
     )
-    return summed_up(results)
+    return summed_up(results, task.case.warm_up_s)
 
 
 def without_dram_tier(profile: Profile) -> Profile:
@@ -221,6 +251,7 @@ def _workload(sources: Sources, case: Case, seed: int, on_fit: bool) -> Workload
         num_models=case.num_models,
         num_requests=case.num_requests,
         adapters_per_model=case.adapters_per_model,
+        compression=case.compression,
         seed=seed,
     )
     lengths = lengths_in(sources.fit if on_fit else sources.test)

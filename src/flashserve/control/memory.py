@@ -59,6 +59,7 @@ def staged(state: State, event: Staged, now: float) -> list[Command]:
         state.hold_bytes(node, model.spec, now).is_loaded = True
         state.set_staging(node, model.model_id, False)
         node.stage_failures.pop(model.model_id, None)
+        state.unplanned[model.model_id] = model  # a start costs less now
     return []
 
 

@@ -170,7 +170,10 @@ def act_ahead(state: State, now: float) -> list[Command]:
     commands = _start_short(state, now)
     reviewed, state.reviewed = state.reviewed, {}
     for model in reviewed.values():
-        commands += staging.stage_ahead(state, model, now)
+        staging.consider(state, model)
+    if state.can_stage:
+        state.can_stage = False
+        commands += staging.stage_ahead(state, now)
     return commands
 
 

@@ -12,24 +12,56 @@ from flashserve.policy.placement import place
 from flashserve.policy.tiers import deserves_dram
 from flashserve.types import Tier
 
-_MAX_STAGING = 2
-"""Stages ahead that one node carries out at a time: requests' own loads come first."""
+_MAX_STAGING = 1
+"""Stages ahead that one node carries out at a time: two would share its disk, and both be there
+later than the first of them needs to be."""
+_MAX_CANDIDATES = 256
+_NUM_TRIES = 2
+"""Candidates that are tried in one event; the others' turn comes when a node has staged one."""
 
 
-def stage_ahead(state: State, model: Model, now: float) -> list[Command]:
-    """Order a model's bytes to DRAM, if none has them there and they earn more than their place."""
+def consider(state: State, model: Model) -> None:
+    """Note a model that may be worth a place in DRAM, if it has none and a forecast wants one."""
+    if model.plan.rate_per_s and not (model.dram_nodes or model.waiting or model.replicas):
+        state.to_stage[model.model_id] = model
+        state.can_stage = True
+        if len(state.to_stage) > _MAX_CANDIDATES:
+            del state.to_stage[next(iter(state.to_stage))]
+
+
+def stage_ahead(state: State, now: float) -> list[Command]:
+    """Order the bytes that are wanted soonest to DRAM, where they earn more than their place."""
+    commands: list[Command] = []
+    for _ in range(_NUM_TRIES):
+        if not state.to_stage or state.is_draining:
+            break
+        model = max(state.to_stage.values(), key=lambda m: (m.plan.rate_per_s or 0.0, m.model_id))
+        nodes = [
+            node
+            for node in slots.candidates(state, model, set(), for_replica=False)
+            if node.num_staging < _MAX_STAGING and not node.claims
+        ]
+        if not nodes:
+            break
+        del state.to_stage[model.model_id]
+        commands += _stage(state, model, nodes, now)
+    else:
+        if commands:
+            state.can_stage = bool(state.to_stage)
+        else:  # what is wanted later would find no place either; the next reviews name it again
+            state.to_stage.clear()
+    return commands
+
+
+def _stage(state: State, model: Model, nodes: list[Node], now: float) -> list[Command]:
+    """Nothing where none of the nodes has worse to lose."""
     rate = model.plan.rate_per_s
-    if rate is None or model.dram_nodes or model.waiting or model.replicas or state.is_draining:
+    if rate is None or model.dram_nodes or model.waiting or model.replicas:
         return []
     if state.find(model.model_id) is not model:
         return []
     if now < model.no_stage_before or model.failure or model.is_dismissed:
         return []
-    nodes = [
-        node
-        for node in slots.candidates(state, model, set(), for_replica=False)
-        if node.num_staging < _MAX_STAGING and not node.claims
-    ]
     suited = [node for node in nodes if _is_worth(state, node, model, rate, now)]
     placement = place((slots.view(state, node, model) for node in suited), model.spec.size_bytes)
     if placement is None:

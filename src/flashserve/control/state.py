@@ -47,6 +47,10 @@ class State:
         """Models about which the policy is to be asked at the end of this event."""
         self.reviewed: dict[ModelId, Model] = {}
         """Models with a new forecast of starts, whose bytes may be worth a place in DRAM."""
+        self.to_stage: dict[ModelId, Model] = {}
+        """Models whose bytes may be worth a place in DRAM, while their nodes bring others there."""
+        self.can_stage = False
+        """In this event something was added to them, or a node has ended to bring bytes."""
         self.short: dict[ModelId, Model] = {}
         """Models with fewer replicas than their plan wants, and no request that waits for one."""
         self.room_version = 0
@@ -274,6 +278,7 @@ class State:
 
     def set_staging(self, node: Node, model_id: ModelId, is_staging: bool) -> None:
         resident = node.resident[model_id]
+        self.can_stage |= resident.is_staging and not is_staging
         node.num_staging += is_staging - resident.is_staging
         resident.is_staging = is_staging
         self._refresh_pin(node, self.models[model_id])
@@ -292,6 +297,7 @@ class State:
             return
         node.used_bytes -= resident.num_bytes
         node.num_staging -= resident.is_staging
+        self.can_stage |= resident.is_staging
         node.pinned_bytes -= resident.num_bytes if resident.is_pinned else 0
         node.evictable.pop(model_id, None)
         del self.models[model_id].dram_nodes[node.node_id]

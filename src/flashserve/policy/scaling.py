@@ -18,10 +18,19 @@ from flashserve.policy import text
 from flashserve.policy.cost import Prices
 from flashserve.policy.gaps import RecentGaps
 from flashserve.policy.plans import Facts, Plan, clamp, replicas_for_load
-from flashserve.types import ModelId, SeriesForecast
+from flashserve.types import ModelId, SeriesForecast, Tier
 
 WINDOW_S = 60.0
 """Forecasts come once in so many seconds, so a decision holds for so long."""
+NEAR_S = 120.0
+"""Two forecasts' time: what moves on the first of them is there by the second."""
+_FAR_SHARE = 0.1
+"""Of the rate, from the mean over all leads."""
+_HEED_S = 600.0
+"""A chance that would not earn a place in DRAM if all of it were within half of this, is not heeded.
+
+So a model whose whole chance lies in the next minutes may be missed if that is small.
+"""
 _LATE_S = 20.0
 """So much later than due a forecast may be before it is missed."""
 _MAX_AGE = 0.5
@@ -123,6 +132,8 @@ class Predictive:
                 reason=numbers,
             )
         ahead = self._by_forecast(facts, forecast, cold)
+        if facts.tier < Tier.DRAM and facts.restart_s > self._prices.slo_s:
+            ahead = min(ahead, facts.num_replicas)  # its rate brings it to DRAM, after others
         wanted = clamp(max(by_load, ahead), facts)
         reason = f"{numbers}; {text.count(wanted, 'replica')} for {ahead} forecast, {by_load} now"
         return Plan(wanted, self._keep_s(facts), now + self._window_s, rate, reason=reason)
@@ -138,7 +149,7 @@ class Predictive:
     def _least_chance_of_room(self, facts: Facts, forecast: SeriesForecast, cold: float) -> float:
         """Within the last lead, so that a place in DRAM could be worth its price."""
         rate = self._prices.dram_gb_per_s * facts.size_bytes / 1e9 / max(cold, 1e-12)
-        return -math.expm1(-rate * forecast.leads_s[-1] / 2)
+        return -math.expm1(-rate * min(_HEED_S, forecast.leads_s[-1]) / 2)
 
     def _by_forecast(self, facts: Facts, forecast: SeriesForecast, cold: float) -> int:
         """Replicas for what will run at once (Little's law), at the quantile of the costs."""
@@ -184,12 +195,21 @@ def chance(forecast: SeriesForecast, now: float, lead_s: float) -> float:
 
 
 def rate_of(forecast: SeriesForecast, now: float) -> float:
-    """Starts to expect per second from now on: the mean hazard over the rest of the leads.
+    """Starts to expect per second: the mean hazard of the near future, mostly.
 
-    That is not the rate of requests: a burst needs one start.
+    What is not needed soon can come back before it is, so the next minutes rank it; a small part of
+    the mean over all leads ranks what they say nothing of. That is not the rate of requests: a
+    burst needs one start.
     """
     left_s = max(forecast.leads_s[-1] - max(now - forecast.made_at, 0.0), WINDOW_S)
-    return -math.log1p(-min(chance(forecast, now, left_s), _MAX_P)) / left_s
+    near_s = min(NEAR_S, left_s)
+    near, far = (_hazard(forecast, now, lead_s) / lead_s for lead_s in (near_s, left_s))
+    return near + _FAR_SHARE * (far - near)
+
+
+def _hazard(forecast: SeriesForecast, now: float, lead_s: float) -> float:
+    """Integrated over the next lead_s seconds."""
+    return -math.log1p(-min(chance(forecast, now, lead_s), _MAX_P))
 
 
 def quantile_count(forecast: SeriesForecast, lead_s: float, level: float) -> float:

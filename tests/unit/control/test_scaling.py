@@ -183,7 +183,7 @@ def test_a_quiet_model_is_not_planned_anew_for_each_forecast_that_changes_nothin
 
     policy = Counting(Prices())
     f = fleet(model("a"), policy=policy)
-    for p in (0.0001, 0.0002, 0.0001):
+    for p in (0.00002, 0.00004, 0.00002):
         forecast(f, "a", p)
     assert policy.num_plans == 2, "when it was deployed, and by its first forecast"
     assert kinds(forecast(f, "a", 0.999)) == ["StartReplica"]
@@ -214,6 +214,26 @@ def test_bytes_ahead_take_the_place_of_what_is_worth_less_and_of_nothing_else() 
     f.tell(ForecastReady((said,)))
     caused = forecast(f, "b", 0.5)
     assert [type(command) for command in caused] == [Evict, Stage]
+
+
+def test_bytes_ahead_come_one_after_the_other_those_that_are_wanted_soonest_first() -> None:
+    dear = Predictive(Prices(gpu_per_s=1e3))
+    f = fleet(model("a", 5), model("b", 5), model("c", 5), nodes=(node(extents=24),), policy=dear)
+    (first,) = forecast(f, "a", 0.3)
+    assert isinstance(first, Stage)
+    assert forecast(f, "b", 0.2) == [], "the node is bringing another"
+    assert forecast(f, "c", 0.6) == []
+    f.answer_all()
+    staged = [command.model.model_id for command in f.log if isinstance(command, Stage)]
+    assert staged == ["a", "c", "b"]
+
+
+def test_a_start_ahead_that_would_read_for_long_brings_its_bytes_to_dram_first() -> None:
+    f = fleet(model("a", 1000), nodes=(node(extents=1200),), policy=Predictive(Prices(slo_s=0.01)))
+    (first,) = forecast(f, "a", 0.99)
+    assert isinstance(first, Stage)
+    f.answer_all()
+    assert [type(command) for command in f.log[-2:]] == [Stage, StartReplica]
 
 
 def test_a_stage_ahead_that_failed_is_not_repeated_at_once() -> None:

@@ -133,6 +133,18 @@ def test_chances_are_read_between_the_leads_and_given_that_nothing_came_so_far()
     assert rate_of(said, 0.0) == pytest.approx(-math.log(0.9) / 60)
 
 
+def test_bytes_are_ranked_by_what_comes_soon_and_by_the_rest_among_equals() -> None:
+    def said(*chances: float) -> float:
+        series = ModelId("m")
+        return rate_of(SeriesForecast(series, 0.0, LEADS, chances, (0.0,) * 6, (0.0,) * 6), 0.0)
+
+    soon = said(0.5, 0.9, 0.9, 0.9, 0.9, 0.9)
+    later = said(0.0, 0.0, 0.5, 0.99, 0.999, 0.999)
+    never = said(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    assert soon > 5 * later
+    assert later > never == 0.0
+
+
 @given(
     p=st.lists(st.floats(0, 1), min_size=6, max_size=6).map(sorted),
     age=st.floats(0, 4000),
