@@ -7,7 +7,7 @@ on two thirds of the day; the models that are reported are functions of the othe
 --fit-traces and --test-traces: fitted on one folder's functions, reported on the other's.
 
 Cases: `node` (one simulated node of 8 H100, whose DRAM holds all models) and `cluster` (64 of
-them); `scarce` (one node whose DRAM holds a third of its 300 models, and whose disk is as fast as a
+them); `scarce` (one node whose DRAM holds 100 of its 280 models, and whose disk is as fast as a
 PCIe 4.0 drive; the first hour, in which everything is read for the first time, is not reported);
 `busy` (an hour of 24-fold traffic on one node: models compete for workers all the time, up to two
 replicas each, 100 adapters per model of which an engine's memory holds 64).
@@ -55,23 +55,21 @@ from forecast_traces import folders_of
 from policyruns import SMALL_NODE, Case, Outcome, Sources, Task, interval, pooled, run
 
 NODE = Case("node", 1, 32, 9_600)
-CLUSTER = Case("cluster", 64, 100, 20_000)
-QUICK_CLUSTER = Case("cluster", 64, 40, 6_000)
-SCARCE = Case("scarce", 1, 300, 60_000, profile=SMALL_NODE, warm_up_s=3600.0)
+CLUSTER = Case("cluster", 64, 40, 6_000)
+SCARCE = Case("scarce", 1, 280, 100_000, profile=SMALL_NODE, warm_up_s=3600.0)
 BUSY = Case("busy", 1, 32, 30_000, adapters_per_model=100, compression=24.0, max_replicas=2)
 SEEDS = {
-    "node": tuple(range(6)),
+    "node": tuple(range(4)),
     "busy": (0, 1),
     "cluster": (0, 1),
     "scarce": (0, 1),
 }
-KEEP_ALIVES = (1, 10, 30, 60, 120, 180, 300, 450, 600, 900, 1200, 1800, 3600, 7200)
-QUICK_KEEP_ALIVES = KEEP_ALIVES[1::2]
-SERVERLESSLLM = (1, 10, 60, 600)
-SCARCE_SERVERLESSLLM = (1, 3, 10)
+KEEP_ALIVES = (1, 10, 30, 60, 120, 300, 600, 1800, 7200)
+SERVERLESSLLM = (1, 10)
+SCARCE_SERVERLESSLLM = (1, 3)
 FACTORS = (0.3, 1.0, 3.0, 10.0, 30.0)
 SCARCE_FACTOR = 1.0
-OTHERS = ("always-on", "histogram", "reactive", "oracle")
+OTHERS = ("histogram", "reactive", "oracle")
 OURS = "flashserve"
 ABLATIONS = ("forecast", "tiers", "grouping", "affinity")
 AIMS = {
@@ -157,7 +155,7 @@ def _idle_at(measure: Floats, idle: Floats, at: float) -> float:
 
 
 def tasks_on_fit(case: Case) -> list[Task]:
-    names = [f"keep-alive-{s}s" for s in QUICK_KEEP_ALIVES]
+    names = [f"keep-alive-{s}s" for s in KEEP_ALIVES]
     return [
         *(Task(case, 0, name, on_fit=True) for name in names),
         *(Task(case, 0, OURS, factor, on_fit=True) for factor in FACTORS),
@@ -172,12 +170,9 @@ def chosen_factor(compared: Compared) -> float:
     return max(quick, key=lambda factor: compared.saving(found[factor], ones))
 
 
-def tasks_of(
-    case: Case, seeds: Sequence[int], keep_alives: Sequence[int], factor: float
-) -> list[Task]:
-    names = [f"keep-alive-{s}s" for s in keep_alives] + [
-        f"serverlessllm-{s}s" for s in SERVERLESSLLM
-    ]
+def tasks_of(case: Case, seeds: Sequence[int], factor: float) -> list[Task]:
+    names = [f"keep-alive-{s}s" for s in KEEP_ALIVES]
+    names += [f"serverlessllm-{s}s" for s in SERVERLESSLLM]
     found = []
     for seed in seeds:
         found += [Task(case, seed, name) for name in (*names, *OTHERS)]
@@ -228,11 +223,8 @@ def judge(compared: Compared, case: Case, factor: float, resamples: int) -> Judg
 
 def _rows(compared: Compared, case: Case, factor: float) -> Iterable[dict[str, Any]]:
     shown = {name: compared.of(name) for name in OTHERS}
-    for name in ("keep-alive-60s", "keep-alive-300s", "keep-alive-600s", "keep-alive-3600s"):
-        try:
-            shown[name] = compared.of(name)
-        except KeyError:
-            continue
+    for seconds in KEEP_ALIVES[1::2]:
+        shown[f"keep-alive-{seconds}s"] = compared.of(f"keep-alive-{seconds}s")
     for seconds in SERVERLESSLLM:
         shown[f"serverlessllm-{seconds}s"] = compared.of(f"serverlessllm-{seconds}s")
     shown["flashserve as configured"] = compared.of(OURS)
@@ -301,7 +293,7 @@ def values_of(judged: Mapping[str, Judged]) -> dict[str, dict[str, Any]]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one seed, fewer models and settings")
+    parser.add_argument("--quick", action="store_true", help="one seed")
     parser.add_argument("--json", metavar="FILE", help="write the report there")
     parser.add_argument("--live", action="store_true", help="compare with the real server instead")
     parser.add_argument("--forecaster", default=FORECASTER)
@@ -321,13 +313,10 @@ def main() -> None:
     folders = folders_of(args)
     sources = Sources(folders.past, folders.future, args.forecaster)
     seeds = {name: numbers[: 1 if args.quick else None] for name, numbers in SEEDS.items()}
-    keep_alives = QUICK_KEEP_ALIVES if args.quick else KEEP_ALIVES
-    cases = (NODE, QUICK_CLUSTER if args.quick else CLUSTER)
+    cases = (NODE, CLUSTER)
     ran = run_all(sources, [t for case in cases for t in tasks_on_fit(case)], args.processes)
     factors = {case: chosen_factor(Compared(ran, case, (0,), on_fit=True)) for case in cases}
-    tasks = [
-        t for case in cases for t in tasks_of(case, seeds[case.name], keep_alives, factors[case])
-    ]
+    tasks = [t for case in cases for t in tasks_of(case, seeds[case.name], factors[case])]
     tasks += tasks_of_scarce(seeds["scarce"]) + tasks_of_busy(seeds["busy"])
     ran = run_all(sources, tasks, args.processes)
     resamples = 200 if args.quick else 1000

@@ -27,10 +27,7 @@ NEAR_S = 120.0
 _FAR_SHARE = 0.1
 """Of the rate, from the mean over all leads."""
 _HEED_S = 600.0
-"""A chance that would not earn a place in DRAM if all of it were within half of this, is not heeded.
-
-So a model whose whole chance lies in the next minutes may be missed if that is small.
-"""
+"""A chance is heeded if it would earn a place in DRAM when all of it lay within half of this."""
 _LATE_S = 20.0
 """So much later than due a forecast may be before it is missed."""
 _MAX_AGE = 0.5

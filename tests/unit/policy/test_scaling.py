@@ -84,7 +84,7 @@ def test_after_new_requests_the_gaps_between_them_decide_until_the_next_forecast
     assert kept.keep_idle_s > 1.0
     assert kept.review_at == 80.0  # the next one is due at 60 s, and 20 s late at the latest
     assert stopped.keep_idle_s == 0.0
-    assert "as a start costs 60 s idle" in stopped.reason
+    assert "a start costs as much as 60 s idle" in stopped.reason
 
 
 def test_when_forecasts_stop_coming_the_keep_alive_takes_over() -> None:
