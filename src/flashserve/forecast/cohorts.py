@@ -15,9 +15,10 @@ from flashserve.forecast.traces import BURSTY, COHORTS, DAY, DIURNAL, RARE, TIME
 # How many series share a minute in which they are judged: those of the same row modulo this.
 JUDGED_EVERY = 15
 MIN_ACTIVE = 20
-# Series of which no arrival was ever seen are a group of their own.
-NEW = "new"
-GROUPS = (*COHORTS, NEW)
+# Groups of their own: series of which no arrival was ever seen, and those that have few because
+# they are young, at whose pace a day brings more.
+NEW, YOUNG = "new", "young"
+GROUPS = (*COHORTS, NEW, YOUNG)
 _NUM_GAPS = 16
 _TIMER_SHARE = 0.8
 _DIURNAL_SHARE = 0.3
@@ -35,7 +36,9 @@ class CohortWatch:
         self._gaps = np.zeros((num_series, _NUM_GAPS), np.float32)
         self._counts = np.zeros((num_series, _NUM_GAPS), np.float32)
         self._sum = np.zeros(num_series)
+        # Known minutes, of this hour and in all.
         self._num_known = np.zeros(num_series, np.int32)
+        self._num_watched = np.zeros(num_series, np.int32)
         # [10, series]: moments of the hours' roots against a sine of one day.
         self._moments = np.zeros((10, num_series))
 
@@ -50,11 +53,12 @@ class CohortWatch:
         self._age = np.where(active, 0, self._age + 1)
         self._sum += np.sqrt(np.where(active, counts, 0.0))
         self._num_known += ~np.isnan(counts)
+        self._num_watched += ~np.isnan(counts)
         if (minute + 1) % 60 == 0:
             self._learn_hour(minute // 60 % 24)
         self._judge(np.arange(minute % JUDGED_EVERY, len(counts), JUDGED_EVERY))
-        is_first = active & (self.num_active == 1)
-        self.code[is_first] = GROUPS.index(RARE)
+        (firsts,) = np.nonzero(active & (self.num_active == 1))
+        self._judge(firsts)
 
     def _learn_hour(self, hour: int) -> None:
         known = self._num_known > 0
@@ -83,8 +87,11 @@ class CohortWatch:
         is_diurnal = self._daily_share(rows) >= _DIURNAL_SHARE
         code = np.where(is_diurnal, GROUPS.index(DIURNAL), GROUPS.index(BURSTY))
         code = np.where(is_timer, GROUPS.index(TIMER), code)
-        code = np.where(self.num_active[rows] < MIN_ACTIVE, GROUPS.index(RARE), code)
-        self.code[rows] = np.where(self.num_active[rows] == 0, GROUPS.index(NEW), code)
+        active = self.num_active[rows]
+        is_young = active * DAY >= MIN_ACTIVE * self._num_watched[rows]
+        few = np.where(is_young, GROUPS.index(YOUNG), GROUPS.index(RARE))
+        code = np.where(active < MIN_ACTIVE, few, code)
+        self.code[rows] = np.where(active == 0, GROUPS.index(NEW), code)
 
     def _daily_share(self, rows: npt.NDArray[np.intp]) -> Floats:
         """The share of the variance between hours that a daily sine explains."""

@@ -1,9 +1,11 @@
 """A series is given the cohort that judging its whole past would give it."""
 
+from collections.abc import Container
+
 import numpy as np
 
 from flashserve.forecast import synthetic
-from flashserve.forecast.cohorts import GROUPS, NEW, CohortWatch
+from flashserve.forecast.cohorts import GROUPS, NEW, YOUNG, CohortWatch
 from flashserve.forecast.traces import BURSTY, RARE, TIMER, cohort_of
 
 
@@ -24,11 +26,27 @@ def test_agrees_with_the_judgement_of_whole_series() -> None:
         assert cohort in ours
 
 
-def test_a_series_is_new_until_its_first_arrival_and_rare_until_its_twentieth() -> None:
+def told(active: Container[int], num_minutes: int) -> list[str]:
+    """The cohort of one series before each minute."""
     watch = CohortWatch(1)
-    for minute in range(40):
-        assert GROUPS[watch.code[0]] == (NEW if minute <= 10 else RARE)
-        watch.advance(minute, np.array([float(minute >= 10 and minute % 3 == 1)]))
+    codes = []
+    for minute in range(num_minutes):
+        codes.append(GROUPS[watch.code[0]])
+        watch.advance(minute, np.array([float(minute in active)]))
+    return codes
+
+
+def test_a_series_is_new_until_its_first_arrival_and_young_until_its_twentieth() -> None:
+    codes = told(range(10, 100, 3), 100)
+    assert set(codes[:11]) == {NEW}
+    assert set(codes[11:67]) == {YOUNG}
+    assert codes[90] == TIMER
+
+
+def test_at_a_pace_of_under_twenty_a_day_it_is_rare_and_no_longer_young() -> None:
+    codes = told({30}, 100)
+    assert codes[31] == codes[70] == YOUNG
+    assert codes[99] == RARE
 
 
 def test_every_minute_alike_is_a_timer_and_every_minute_different_is_not() -> None:
