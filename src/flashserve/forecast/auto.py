@@ -2,7 +2,9 @@
 
 Every minute each candidate says its chance of an arrival in the next, and the one that speaks says
 those of all leads. What comes of them teaches the selection (`select`), the calibration of every
-candidate, cohort and lead (`calibrate`) and the watch over the chosen one (`drift`).
+candidate, cohort and lead (`calibrate`) and the watch over the chosen one (`drift`). Decisions on
+warmth do not tell who counts well: where there is a network, it says how many come beyond whether
+any does, until its bounds fail.
 """
 
 from __future__ import annotations
@@ -57,8 +59,8 @@ def _is_plain(name: str) -> bool:
     return name == SkiRental.name or name.startswith("ewma-")
 
 
-def _plain_ones(names: Sequence[str]) -> tuple[npt.NDArray[np.intp], int | None]:
-    """What the drift watch falls back to: ski rental, and the EWMA whose index comes second.
+def _plain_ones(names: Sequence[str]) -> npt.NDArray[np.intp]:
+    """What the drift watch falls back to: ski rental, and one EWMA.
 
     That is the one whose half-life is nearest to an hour: one of minutes forgets a quiet series.
     """
@@ -69,7 +71,7 @@ def _plain_ones(names: Sequence[str]) -> tuple[npt.NDArray[np.intp], int | None]
     }
     ewma = min(half_lives, key=lambda index: half_lives[index], default=None)
     plain = [index for index, name in enumerate(names) if name == SkiRental.name or index == ewma]
-    return np.array(plain, np.intp), ewma
+    return np.array(plain, np.intp)
 
 
 class AutoModel:
@@ -127,7 +129,9 @@ class AutoFollower:
         self.minute = start
         self._names = tuple(candidate.name for candidate in model.candidates)
         self._followers = [candidate.follow(names, start) for candidate in model.candidates]
-        self._plain, self._ewma = _plain_ones(self._names)
+        self._plain = _plain_ones(self._names)
+        has_network = NetworkModel.name in self._names
+        self._network = self._names.index(NetworkModel.name) if has_network else None
         self._cohort = None if model.cohort is None else COHORTS.index(model.cohort)
         self._watch = CohortWatch(num_series)
         self._selector = Selector(self._names, num_series, first=0)
@@ -139,12 +143,13 @@ class AutoFollower:
         # Minutes since the last arrival, and known minutes in a row: [series].
         self._quiet = np.full(num_series, _LONG_AGO, np.int32)
         self._num_known = np.zeros(num_series, np.int32)
-        # Which model speaks: [series].
+        # Which model speaks, and which one says how many come: [series].
         self._speaker = np.zeros(num_series, np.int8)
-        # What was said of the next minute: [models, series]; the 90 % quantile of the chosen and of
-        # the EWMA: [2, series].
+        self._counter = np.zeros(num_series, np.int8)
+        # What was said of the next minute: [models, series]; the 90 % quantile of who is to count:
+        # [series].
         self._p_next = np.zeros((num_models, num_series))
-        self._uppers = np.zeros((2, num_series))
+        self._upper = np.zeros(num_series)
         self._filed = np.zeros((num_models, num_series), np.int32)
         # What was said of each lead, [series, GRID], and where it was filed, [lead, series] each.
         self._p = np.zeros((num_series, len(GRID)))
@@ -187,9 +192,17 @@ class AutoFollower:
             self._selector.is_own[rows], "cheapest for this series", cohorts[self._cohorts()[rows]]
         )
         whys = np.where(is_new, "no arrivals yet", whys)
-        for fault, what in ((SCORE, "log score fell behind"), (COVERAGE, "counts left its bound")):
-            whys = np.where(sign == fault, names[chosen] + f"'s {what}", whys)
+        for fault, model, what in (
+            (SCORE, chosen, "log score fell behind"),
+            (COVERAGE, self._bounding()[rows], "counts left its bound"),
+        ):
+            whys = np.where(sign == fault, names[model] + f"'s {what}", whys)
         return names[self._speaker[rows]].tolist(), whys.tolist()
+
+    def _bounding(self) -> Codes:
+        """Which model is to say how many come, as long as its bounds hold: [series]."""
+        chosen = self._selector.chosen
+        return chosen if self._network is None else np.full_like(chosen, self._network)
 
     def _cohorts(self) -> Codes:
         if self._cohort is None:
@@ -219,26 +232,31 @@ class AutoFollower:
             self._curves.learn(filed[told], self._quiet[told] < lead, 1 / lead)
         self._curves.refit(_REFITS)
         self._selector.learn(self._p_next, active, teaches, self._cohorts())
-        self._drift.learn(self._p_next, self._uppers, values, teaches)
+        self._drift.learn(self._p_next, self._upper, values, teaches)
 
     def _choose(self) -> None:
         """Judge a part of the series anew, and those that had their first arrival."""
         chosen = self._selector.chosen
-        before = chosen.copy()
+        before = self._bounding().copy()
         at = np.arange(len(chosen))
         is_first = (self._watch.num_active == 1) & (self._quiet == 0)
         (rows,) = np.nonzero((at % JUDGED_EVERY == self.minute % JUDGED_EVERY) | is_first)
         self._selector.choose(rows, self._watch.num_active, self._cohorts())
-        self._drift.forget_coverage(np.flatnonzero(chosen != before))
-        self._drift.judge(chosen.astype(np.intp), self._plain)
+        bounding = self._bounding()
+        self._drift.forget_coverage(np.flatnonzero(bounding != before))
+        self._drift.judge(chosen.astype(np.intp), bounding.astype(np.intp), self._plain)
         fallback = self._drift.fallback(self._plain)
-        speaker = np.where(self._drift.sign == HOLDS, chosen, fallback)
-        self._speaker = speaker.astype(np.int8)
+        holds = self._drift.sign == HOLDS
+        speaks = holds | np.isin(chosen, self._plain)
+        self._speaker = np.where(speaks, chosen, fallback).astype(np.int8)
+        fails = self._drift.sign == COVERAGE
+        self._counter = np.where(fails, fallback, bounding).astype(np.int8)
 
     def _forecasts(self) -> list[Prediction]:
-        """What each candidate says: of all leads where it speaks, else of the next minute."""
+        """What each candidate says: of all leads where it is asked, else of the next minute."""
         if self._raw is None:
-            speaks = np.bincount(self._speaker, minlength=len(self._names)) > 0
+            asked = np.concatenate([self._speaker, self._counter])
+            speaks = np.bincount(asked, minlength=len(self._names)) > 0
             self._raw = [
                 follower.forecast(GRID if is_used else GRID[:1])
                 for follower, is_used in zip(self._followers, speaks, strict=True)
@@ -255,7 +273,7 @@ class AutoFollower:
         self._filed = self._curves.cells(groups, odds).astype(np.int32)
         self._p_next = self._curves.apply(groups, odds)
         self._p[:, 0] = self._p_next[speaker, every]
-        odds = log_odds(self._merged("p_arrival"))
+        odds = log_odds(self._merged("p_arrival", self._speaker))
         cells = []
         for index in range(1, len(GRID)):
             group = self._groups(index, speaker)
@@ -263,23 +281,21 @@ class AutoFollower:
             self._p[:, index] = self._curves.apply(group, odds[:, index])
         self._p = np.maximum.accumulate(self._p, axis=1)
         for index in range(len(raw)):
-            self._learn_upper(0, index, np.flatnonzero(self._selector.chosen == index))
-        if self._ewma is not None:
-            self._learn_upper(1, self._ewma, every)
+            self._learn_upper(index, np.flatnonzero(self._bounding() == index))
         return cells
 
-    def _learn_upper(self, which: int, model: int, rows: npt.NDArray[np.intp]) -> None:
+    def _learn_upper(self, model: int, rows: npt.NDArray[np.intp]) -> None:
         """Keep the 90 % quantile of the next minute's count that a model says of some series."""
         if len(rows):
             quantiles = self._forecasts()[model].quantiles_of(rows, slice(0, 1))
             agreed = coherent(quantiles, self._p_next[model, rows, None])
-            self._uppers[which, rows] = agreed[:, 0, UPPER]
+            self._upper[rows] = agreed[:, 0, UPPER]
 
-    def _merged(self, what: str) -> Floats:
-        """p_arrival or mean of those who speak: [series, GRID]."""
+    def _merged(self, what: str, models: Codes) -> Floats:
+        """p_arrival or mean, of each series by its own model: [series, GRID]."""
         merged = np.zeros_like(self._p)
         for index, said in enumerate(self._forecasts()):
-            (rows,) = np.nonzero(self._speaker == index)
+            (rows,) = np.nonzero(models == index)
             if len(rows):
                 merged[rows] = getattr(said, what)[rows]
         return merged
@@ -287,16 +303,17 @@ class AutoFollower:
     def _prediction(self) -> Prediction:
         raw, p = self._forecasts(), self._p
         # Calibration moves the hurdle; how many come beyond the first stays as it was said.
-        beyond = self._merged("mean") / np.maximum(self._merged("p_arrival"), 1e-9)
+        counter = self._counter
+        chances = self._merged("p_arrival", counter)
+        beyond = self._merged("mean", counter) / np.maximum(chances, 1e-9)
         mean = np.maximum.accumulate(p * np.maximum(beyond, 1.0), axis=1)
-        speaker = self._speaker
 
         def quantiles(rows: Index, leads: Index) -> Floats:
             wanted = np.arange(len(p))[rows]
             chances = p[wanted][:, leads]
             made = np.zeros((*chances.shape, len(QUANTILE_LEVELS)))
             for index, said in enumerate(raw):
-                (at,) = np.nonzero(speaker[wanted] == index)
+                (at,) = np.nonzero(counter[wanted] == index)
                 if len(at):
                     made[at] = said.quantiles_of(wanted[at], leads)
             return np.maximum.accumulate(coherent(made, chances), axis=1)

@@ -2,10 +2,9 @@
 
 Two signs, over the last hours. The log likelihood of what came is lower than under a plain
 forecaster (EWMA, keep-alive), by more than chance or a small difference would have it. Or counts
-leave the 90 % quantile too often, or of busy series too seldom, where the EWMA's own quantile
-misses its level by less than half as much and its chances are not much worse. Then a plain
-forecaster speaks until the model has caught up again, so a model that was right for weeks and is
-wrong since noon costs hours.
+leave the 90 % quantile too often, or of busy series too seldom, and the chances are not far ahead
+of the plain forecasters'. Then a plain forecaster speaks until the model has caught up again, so a
+model that was right for weeks and is wrong since noon costs hours.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ _FADING = 0.5 ** (1 / 360)
 _BEHIND = 5.0
 _BEHIND_SHARE = 0.1
 # The share of counts within the 90 % quantile, of minutes in which it is not zero.
-_LEVEL = 0.9
 _BAND = (0.75, 0.995)
 _BACK_IN_BAND = (0.82, 0.985)
 _MIN_MINUTES = 30.0
@@ -38,53 +36,60 @@ class DriftWatch:
     def __init__(self, num_models: int, num_series: int) -> None:
         self.sign = np.zeros(num_series, np.int8)
         self._losses = np.zeros((num_models, num_series))
-        # [2, series], of the watched model and of the EWMA: minutes, those covered, sum of bounds.
-        self._asked = np.zeros((2, num_series))
-        self._covered = np.zeros((2, num_series))
-        self._size = np.zeros((2, num_series))
+        # Of the watched quantile, where it is not zero: minutes, those covered, sum of bounds.
+        self._asked = np.zeros(num_series)
+        self._covered = np.zeros(num_series)
+        self._size = np.zeros(num_series)
 
-    def learn(self, p: Floats, uppers: Floats, counts: Floats, is_known: Bools) -> None:
-        """Count a minute, of which p and uppers were said before.
+    def learn(self, p: Floats, upper: Floats, counts: Floats, is_known: Bools) -> None:
+        """Count a minute, of which p and upper were said before.
 
-        p: [models, series]; uppers: [2, series], the 90 % quantile of the model that is watched and
-        of the EWMA; counts: [series].
+        p: [models, series]; upper: [series], the 90 % quantile that is watched; counts: [series].
         """
         loss = np.where(is_known, log_loss(p, (counts > 0).astype(np.float64)), 0.0)
         self._losses = self._losses * _FADING + loss
-        asked = is_known & (uppers > 0)
+        asked = is_known & (upper > 0)
         self._asked = self._asked * _FADING + asked
-        self._covered = self._covered * _FADING + (asked & (counts <= uppers))
-        self._size = self._size * _FADING + np.where(asked, uppers, 0.0)
+        self._covered = self._covered * _FADING + (asked & (counts <= upper))
+        self._size = self._size * _FADING + np.where(asked, upper, 0.0)
 
     def forget_coverage(self, rows: npt.NDArray[np.intp]) -> None:
         """Another model is watched: its coverage is not known yet."""
         for table in (self._asked, self._covered, self._size):
-            table[0, rows] = 0.0
+            table[rows] = 0.0
 
-    def judge(self, chosen: npt.NDArray[np.intp], plain: npt.NDArray[np.intp]) -> None:
-        """chosen: [series], the model that is watched; plain: indices of those to fall back to."""
+    def judge(
+        self,
+        chosen: npt.NDArray[np.intp],
+        bounding: npt.NDArray[np.intp],
+        plain: npt.NDArray[np.intp],
+    ) -> None:
+        """Of each series, the model whose chances are watched, and the one whose quantile is.
+
+        plain: indices of those to fall back to, which are never set aside.
+        """
         reference = self._losses[plain].min(axis=0)
         behind = self._losses[chosen, np.arange(len(chosen))] - reference
         is_behind = behind > np.maximum(_BEHIND, _BEHIND_SHARE * reference)
         is_far_ahead = behind < -_BEHIND
+        is_behind &= ~np.isin(chosen, plain)
         leaves, stays = self._coverage()
-        sign = np.where(leaves & ~is_far_ahead, COVERAGE, HOLDS)
-        sign = np.where(is_behind, SCORE, sign)
+        leaves &= ~is_far_ahead & ~np.isin(bounding, plain)
+        sign = np.where(is_behind, SCORE, np.where(leaves, COVERAGE, HOLDS))
         is_back = (behind <= 0) & (stays | is_far_ahead)
         kept = np.where(is_back, HOLDS, self.sign)
-        sign = np.where(sign != HOLDS, sign, kept)
-        self.sign = np.where(np.isin(chosen, plain), HOLDS, sign).astype(np.int8)
+        kept = np.where(np.isin(chosen, plain) & (kept == SCORE), HOLDS, kept)
+        kept = np.where(np.isin(bounding, plain) & (kept == COVERAGE), HOLDS, kept)
+        self.sign = np.where(sign != HOLDS, sign, kept).astype(np.int8)
 
     def _coverage(self) -> tuple[Bools, Bools]:
-        """Whether the watched quantile is out of its band and the EWMA's better; is well inside."""
+        """Whether the watched quantile is out of its band; whether it is well inside."""
         asked = np.maximum(self._asked, 1e-9)
-        share, is_busy = self._covered / asked, self._size[0] / asked[0] >= _MIN_BUSY_COUNT
+        share, is_busy = self._covered / asked, self._size / asked >= _MIN_BUSY_COUNT
         enough = self._asked >= _MIN_MINUTES
-        error = np.abs(share - _LEVEL)
-        is_out = (share[0] < _BAND[0]) | (is_busy & (share[0] > _BAND[1]))
-        is_worse = enough[1] & (error[1] < error[0] / 2)
-        is_in = (share[0] >= _BACK_IN_BAND[0]) & ((share[0] <= _BACK_IN_BAND[1]) | ~is_busy)
-        return enough[0] & is_out & is_worse, is_in | ~enough[0] | (error[0] <= error[1])
+        is_out = (share < _BAND[0]) | (is_busy & (share > _BAND[1]))
+        is_in = (share >= _BACK_IN_BAND[0]) & ((share <= _BACK_IN_BAND[1]) | ~is_busy)
+        return enough & is_out, is_in | ~enough
 
     def fallback(self, plain: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
         """The plain model whose log likelihood of the last hours is best: [series]."""
