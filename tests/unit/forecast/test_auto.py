@@ -17,6 +17,7 @@ from flashserve.forecast.core import Floats, History, Prediction
 from flashserve.forecast.counts import poisson_prediction
 from flashserve.forecast.forecaster import Forecaster
 from flashserve.forecast.hazard import HazardModel
+from flashserve.forecast.hurdle import hurdle_prediction
 from flashserve.forecast.outlook import GRID
 from flashserve.forecast.ski import SkiRental
 
@@ -105,6 +106,37 @@ def test_the_candidate_that_knows_speaks_and_says_why() -> None:
     p = follower.forecast((1,)).p_arrival[:, 0]
     assert (p[:2] > 0.95).all()  # minute 600 brings an arrival
     assert p[2] < 0.01
+
+
+class Counting(Oracle):
+    """Is called as the network is; knows how many come, and not whether any does."""
+
+    name = "hybrid"
+
+    def follow(self, names: Sequence[str], start: int) -> "CountingFollower":
+        return CountingFollower(self, len(names), start)
+
+
+class CountingFollower(OracleFollower):
+    def forecast(self, leads: Sequence[int]) -> Prediction:
+        shape = (len(self._some), len(leads))
+        return hurdle_prediction(np.full(shape, 0.3), np.full(shape, 40.0), np.full(shape, 1e6))
+
+
+def test_the_network_counts_where_another_speaks_until_its_bound_fails() -> None:
+    model = AutoModel([SkiRental(), Ewma(15), Counting()])
+    follower = following(model, np.full((2, 300), 40, np.float32))
+    models, _ = follower.sources(np.arange(2))
+    assert set(models) == {"ewma-15"}
+    said = follower.forecast((1,))
+    assert (said.p_arrival > 0.95).all()
+    assert (said.quantiles[:, 0, 2] == said.quantiles[0, 0, 2]).all()
+    assert 40 <= said.quantiles[0, 0, 2] < 60
+    for _ in range(200):
+        follower.advance(np.array([40, 400]))
+    _, whys = follower.sources(np.arange(2))
+    assert whys[1] == "hybrid's counts left its bound"
+    assert follower.forecast((1,)).quantiles[1, 0, 2] > 300
 
 
 def test_a_model_that_turns_wrong_is_set_aside_within_hours() -> None:
