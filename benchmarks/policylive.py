@@ -4,10 +4,10 @@ Twenty copies of the real small model, whose bytes differ in a bit so that they 
 fixed keep-alive on a real `flashserve serve` with two workers and memory for seven of them; a day
 of twenty Azure functions in five minutes, a few hundred requests of 16 to 64 tokens that want 8.
 The same arrivals are then simulated, with a profile that was measured on the same server just
-before: bytes, build and wake of a start from disk and from DRAM, prefill and decode, and how much
-both workers get done at once, since they share the cores with each other, the server and this
-client. What HTTP and tokens on their way take beside that, measured on a warm replica, is added to
-each simulated time. With --quick the day takes two minutes, and a part of its requests.
+before: bytes, build and wake of a start from disk and from DRAM, prefill and decode, what a load
+from disk takes of the cores, and how much both workers get done at once, since they share them.
+What HTTP and tokens on their way take beside that, measured on a warm replica, is added to each
+simulated time. With --quick the day takes two minutes, and a part of its requests.
 
 Clock: from a request's sending to its first token over HTTP on loopback, in this process. All files
 are in the page cache. A start is cold where its receipt (the simulator's record) says so. Values:
@@ -34,6 +34,7 @@ from typing import Any
 import httpx
 import msgspec
 import numpy as np
+import psutil
 
 import common
 import server as bench_server
@@ -78,7 +79,8 @@ class Probe:
     """Medians in seconds, over HTTP: first tokens by how the model was found, and tokens after it.
 
     warm_s: by prompt tokens; the others are of the shortest prompt. token_s: between tokens.
-    at_once: how many replicas' worth of tokens all workers make at once.
+    at_once: how many replicas' worth of tokens all workers make at once. load_cpu_s: of all
+    processes of the node, for the bytes of one model from the page cache.
     """
 
     fresh_s: float
@@ -87,6 +89,7 @@ class Probe:
     warm_s: dict[int, float]
     token_s: float
     at_once: float
+    load_cpu_s: float
 
 
 def copies(model_dir: pathlib.Path, root: pathlib.Path) -> list[pathlib.Path]:
@@ -127,10 +130,10 @@ def name_of(number: int) -> str:
 def probe(server: Server, probed: int) -> Probe:
     """What starts and steps take on this server now, by starts of so many models."""
     rng = random.Random(SEED)
-    fresh, wake, disk = [], [], []
+    fresh, wake, disk, loads = [], [], [], []
     for number in range(probed + 1):
         name = name_of(number)
-        _order(server, name, "stage", "dram")
+        loads.append(_load_cpu_s(server, name))
         for into in (fresh, wake):
             wait_for_state(server, name, "cold", "dram")
             into.append(_ask(server, name, rng))
@@ -148,7 +151,24 @@ def probe(server: Server, probed: int) -> Probe:
         warm[prompt] = common.median(times[2:])
     # The first model's starts are the first of everything: not counted.
     starts = (common.median(times[1:]) for times in (fresh, wake, disk))
-    return Probe(*starts, warm, common.median(tokens), _at_once(server, rng))
+    at_once = _at_once(server, rng)
+    return Probe(*starts, warm, common.median(tokens), at_once, common.median(loads[1:]))
+
+
+def _load_cpu_s(server: Server, name: str) -> float:
+    """Stages a model; what follows behind (digests, workers' walks over the pages) is counted."""
+    node = psutil.Process(server.pid)
+    processes = [node, *node.children(recursive=True)]
+
+    def cpu_s() -> float:
+        times = [process.cpu_times() for process in processes]
+        return sum(each.user + each.system for each in times)
+
+    began = cpu_s()
+    _order(server, name, "stage", "dram")
+    wait_for_state(server, name, "cold", "dram")
+    time.sleep(0.5)
+    return cpu_s() - began
 
 
 def _at_once(server: Server, rng: random.Random) -> float:
@@ -200,6 +220,7 @@ def profile_of(found: Probe, size_bytes: int) -> tuple[Profile, float]:
         worker_start_s=THIS.speeds.worker_start_s,
         executes_while_loading=False,
         compute_at_once=found.at_once,
+        load_compute_s_per_byte=found.load_cpu_s / size_bytes,
     )
     costs = StepCosts(size_bytes, 0.0, step_s, token_s, THIS.costs.decode_s)
     made = dataclasses.replace(

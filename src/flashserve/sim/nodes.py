@@ -143,6 +143,7 @@ class ModelledNode:
             dram_bytes=self.spec.dram_bytes,
             disk_bytes=self._disk_bytes,
             ledger=self._ledger,
+            loading=self._compute_load,
             staged=self._say_staged,
             left_disk=lambda model_id, _: self._emit(
                 Evicted(self.spec.node_id, model_id, Tier.DISK)
@@ -420,6 +421,12 @@ class ModelledNode:
             self._emit(failed)
         elif resident.is_loaded:
             self._say_staged(model, Tier.DRAM, 0, 0.0, now)
+
+    def _compute_load(self, model: ModelSpec, now: float) -> None:
+        """What cores do for bytes that come; nobody waits for the end of it."""
+        seconds = model.size_bytes * self._speeds.load_compute_s_per_byte
+        if self._cores.are_shared and seconds > 0:
+            self._cores.work(seconds, now, lambda _: None)
 
     def _say_staged(
         self, model: ModelSpec, tier: Tier, num_bytes: int, seconds: float, _now: float

@@ -73,7 +73,8 @@ class Speeds:
     init_s: of a start, beside the bytes; wake_s: the same on a worker where the model sleeps.
     executes_while_loading: a replica is ready before its bytes are there, and its first step waits.
     compute_at_once: as many workers' steps and builds go at full speed at once; more of them share
-    that (None: every worker has an accelerator, or cores, of its own).
+    that (None: every worker has an accelerator, or cores, of its own). load_compute_s_per_byte: of
+    such cores, for each byte that comes to DRAM: copies, checksums and digests beside the move.
     """
 
     remote_bytes_per_s: float = 300e6
@@ -88,6 +89,7 @@ class Speeds:
     max_asleep: int = 8
     executes_while_loading: bool = False
     compute_at_once: float | None = None
+    load_compute_s_per_byte: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -217,5 +219,6 @@ def load_profile(name: str) -> Profile:
         disk_bytes_per_s=measured.disk_bytes_per_s,
         dram_bytes_per_s=measured.dram_bytes_per_s,
         compute_at_once=measured.compute_at_once or THIS.speeds.compute_at_once,
+        load_compute_s_per_byte=measured.load_compute_s_per_byte or 0.0,
     )
     return dataclasses.replace(THIS, name=name, speeds=speeds)

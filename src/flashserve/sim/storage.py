@@ -51,6 +51,7 @@ class _Copy:
 
 class Storage:
     """Args:
+    loading: told of a model whose bytes begin to come to DRAM.
     staged: told of bytes that came: model, tier, bytes, seconds.
     left_disk: told of a model that the disk gave up by itself.
     """
@@ -64,6 +65,7 @@ class Storage:
         dram_bytes: int,
         disk_bytes: int,
         ledger: Ledger,
+        loading: Callable[[ModelSpec, float], None],
         staged: Callable[[ModelSpec, Tier, int, float, float], None],
         left_disk: Callable[[ModelId, float], None],
     ) -> None:
@@ -74,6 +76,7 @@ class Storage:
         self._dram_bytes = dram_bytes
         self._disk_bytes = disk_bytes
         self._ledger = ledger
+        self._loading = loading
         self._staged = staged
         self._left_disk = left_disk
         self._in_dram: dict[ModelId, Resident] = {}
@@ -106,6 +109,7 @@ class Storage:
         resident.move = resident.link.send(
             model.size_bytes, now, lambda at: self._arrived(resident, on_disk, now, at)
         )
+        self._loading(model, now)
         return resident
 
     def evict(self, model_id: ModelId, tier: Tier, now: float) -> None:

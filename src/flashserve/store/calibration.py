@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+import blake3
 import msgspec
 import numpy as np
 import xxhash
@@ -42,8 +43,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
 
     disk: cold, past the page cache. dram: what a worker needs to reach a model's bytes in shared
     memory (page tables of a new mapping). compute_at_once: as many threads' worth of weights as all
-    cores together read at once, which is what workers of one core each share; None in files of
-    earlier versions. The other figures are for the reader.
+    cores together read at once, which is what workers of one core each share.
+    load_compute_s_per_byte: of a core, to copy, check and digest what comes to DRAM. Both are None
+    in files of earlier versions. The other figures are for the reader.
     """
 
     measured_at: str
@@ -57,6 +59,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     fault_bytes_per_s: _Rate
     checksum_bytes_per_s: _Rate
     compute_at_once: Annotated[float, msgspec.Meta(ge=1, le=1e4)] | None = None
+    load_compute_s_per_byte: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
 
 
 def read_calibration(data_dir: Path) -> Calibration | None:
@@ -138,6 +141,7 @@ def _measure(
         progress("copies in memory")
         copied = _copy_seconds(view)
         summed = _median(lambda: _seconds(lambda: xxhash.xxh3_64_intdigest(view)))
+        digested = _median(lambda: _seconds(lambda: blake3.blake3(view).digest()))
         progress("all cores")
         at_once = _threads_at_once(view)
         progress("writing to disk")
@@ -146,7 +150,9 @@ def _measure(
         disk = _median(lambda: _disk_seconds(directory, file, view, settings))
         progress("page cache")
         (directory / file.name).read_bytes()
+        began_s = time.process_time()
         cached = _median(lambda: _read_seconds(LocalReader(directory, file, settings), file, view))
+        computed = (time.process_time() - began_s) / NUM_ROUNDS + summed + digested
         fetched = None
         if remote is not None:
             progress(f"remote: {remote.uri}")
@@ -163,6 +169,7 @@ def _measure(
         fault_bytes_per_s=num_bytes / fault,
         checksum_bytes_per_s=num_bytes / summed,
         compute_at_once=at_once,
+        load_compute_s_per_byte=computed / num_bytes,
     )
 
 

@@ -324,3 +324,14 @@ def test_engines_that_share_cores_slow_each_other_and_starts_as_well() -> None:
     assert bench.now - began == pytest.approx(2 * 6 * 0.1)
     ready = [event for _, event in bench.heard(ReplicaReady)]
     assert [event.phases.init_s for event in ready] == pytest.approx([0.4, 0.4])
+
+
+def test_bytes_that_come_slow_an_engine_on_the_same_cores() -> None:
+    bench = Bench(compute_at_once=1.0, load_compute_s_per_byte=0.3 / EXTENT_BYTES)
+    first = bench.start("a")
+    bench.run()
+    began = bench.now
+    bench.ask(first)
+    bench.start("b")
+    bench.run(began + 0.9)
+    assert bench.heard(RequestFinished)[0][0] - began == pytest.approx(6 * 0.1 + 0.3)

@@ -62,6 +62,8 @@ def test_every_tier_is_measured_and_nothing_is_left_behind(tmp_path: Path) -> No
     assert {"disk", "remote: s3://bucket/model"} <= set(steps)
     assert measured.compute_at_once is not None
     assert 1 <= measured.compute_at_once <= len(os.sched_getaffinity(0))
+    assert measured.load_compute_s_per_byte is not None
+    assert measured.load_compute_s_per_byte > 0
     assert list(tmp_path.iterdir()) == []
 
 
