@@ -4,8 +4,8 @@ Twenty copies of the real small model, whose bytes differ in a bit so that they 
 fixed keep-alive on a real `flashserve serve` with two workers and memory for seven of them; a day
 of twenty Azure functions in five minutes, a few hundred requests of 16 to 64 tokens that want 8.
 The same arrivals are then simulated, with a profile that was measured on the same server just
-before: bytes, build and wake of a start from disk and from DRAM, prefill and decode, what a load
-from disk takes of the cores, and how much both workers get done at once, since they share them.
+before: bytes, build and wake of a start from disk and from DRAM, stops, prefill and decode, what
+a load from disk takes of the cores, and how much both workers get done at once, which share them.
 What HTTP and tokens on their way take beside that, measured on a warm replica, is added to each
 simulated time. With --quick the day takes two minutes, and a part of its requests.
 
@@ -80,7 +80,8 @@ class Probe:
 
     warm_s: by prompt tokens; the others are of the shortest prompt. token_s: between tokens.
     at_once: how many replicas' worth of tokens all workers make at once. load_cpu_s: of all
-    processes of the node, for the bytes of one model from the page cache.
+    processes of the node, for the bytes of one model from the page cache. stop_s: what a start
+    waits for a worker whose idle model stops first.
     """
 
     fresh_s: float
@@ -90,6 +91,7 @@ class Probe:
     token_s: float
     at_once: float
     load_cpu_s: float
+    stop_s: float
 
 
 def copies(model_dir: pathlib.Path, root: pathlib.Path) -> list[pathlib.Path]:
@@ -152,7 +154,18 @@ def probe(server: Server, probed: int) -> Probe:
     # The first model's starts are the first of everything: not counted.
     starts = (common.median(times[1:]) for times in (fresh, wake, disk))
     at_once = _at_once(server, rng)
-    return Probe(*starts, warm, common.median(tokens), at_once, common.median(loads[1:]))
+    stop_s = _stop_s(server, probed)
+    return Probe(*starts, warm, common.median(tokens), at_once, common.median(loads[1:]), stop_s)
+
+
+def _stop_s(server: Server, probed: int) -> float:
+    """Every worker has one of the first models; each start from DRAM has to stop one."""
+    waited = []
+    for number in [*range(NUM_WORKERS, probed + 1), *range(NUM_WORKERS)]:
+        _, receipt = stream_completion(server, name_of(number), [1000] * PROMPTS[0], 2)
+        assert receipt["cold"], f"{name_of(number)} had a worker already"
+        waited.append(receipt["actual"]["place_s"])
+    return common.median(waited)
 
 
 def _load_cpu_s(server: Server, name: str) -> float:
@@ -218,7 +231,7 @@ def profile_of(found: Probe, size_bytes: int) -> tuple[Profile, float]:
         dram_bytes_per_s=size_bytes / 1e-4,
         init_s=fresh_s,
         wake_s=wake_s,
-        stop_s=THIS.speeds.stop_s,
+        stop_s=found.stop_s,
         worker_start_s=THIS.speeds.worker_start_s,
         executes_while_loading=False,
         compute_at_once=found.at_once,
