@@ -21,11 +21,9 @@ from flashserve.messages.events import BoundsChanged, ForecastReady
 from flashserve.policy import keepalive
 from flashserve.policy.cost import WorkerState, startup_s
 from flashserve.policy.placement import place
-from flashserve.policy.plans import Facts, bounded
+from flashserve.policy.plans import Facts, bounded, trusted
 from flashserve.types import Scaling, SeriesForecast
 
-_MIN_REVIEW_S = 1.0
-"""A plan that names an earlier time is asked for again after so long."""
 _NUM_TRIES = 2
 """Starts ahead that are tried in one event; the others' turn comes with the next ones."""
 _RETRY_S = 15.0
@@ -79,10 +77,8 @@ def settle(state: State, now: float) -> list[Command]:
 
 
 def _review(state: State, model: Model, now: float) -> list[Command]:
-    plan = state.policy.plan(_facts(state, model), now)
-    if plan.review_at <= now:
-        plan = dataclasses.replace(plan, review_at=now + _MIN_REVIEW_S)
-    model.plan = plan
+    facts = _facts(state, model)
+    plan = model.plan = trusted(state.policy.plan(facts, now), facts, now)
     _keep_minimum(state, model)
     _set_scale_out(state, model)
     commands = _stop_surplus(state, model, now)

@@ -34,7 +34,7 @@ from flashserve.messages.events import (
 )
 from flashserve.policy import keepalive
 from flashserve.policy.cost import UNMEASURED, Rates, WorkerState, startup_s
-from flashserve.policy.plans import Facts, Policy, bounded, clamp
+from flashserve.policy.plans import Facts, Policy, bounded, trusted
 from flashserve.types import ModelId, ModelSpec, NodeId, RequestId, Tier
 
 _MIN_REVIEW_S = 1.0
@@ -238,15 +238,15 @@ class Shadow:
             return
         model.settle(now)
         facts = self._facts(model)
-        plan = self.policy.plan(facts, now)
-        kept = clamp(plan.replicas, facts)
+        plan = trusted(self.policy.plan(facts, now), facts, now)
+        kept = plan.replicas
         missing = max(kept, 1 if model.num_waiting else 0) - model.serving
         if missing > 0:
             model.start(missing, now + facts.restart_s)
         model.stop_idle(kept, plan.keep_idle_s, now)
         if model.is_active:
             self._active[model.model_id] = model
-        due = max(now + _MIN_REVIEW_S, plan.review_at)  # in this order a NaN loses
+        due = max(now + _MIN_REVIEW_S, plan.review_at)
         if model.serving > kept:
             due = min(due, keepalive.expires_at(model.idle_since, plan.keep_idle_s))
         self._schedule(model, min(due, model.loaded_at))

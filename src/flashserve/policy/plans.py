@@ -99,9 +99,44 @@ def bounded(scaling: Scaling, max_replicas: int) -> Scaling:
     return dataclasses.replace(scaling, max_replicas=max(most, scaling.min_replicas))
 
 
-def clamp(replicas: int, facts: Facts) -> int:
-    """Within the model's bounds."""
-    return min(max(replicas, facts.scaling.min_replicas), facts.max_replicas)
+_SOONEST_S = 1e-3
+_MIN_REVIEW_S = 1.0
+"""A plan that names a time which is over, or all but, is asked for again after so long."""
+
+
+def trusted(plan: Plan, facts: Facts, now: float) -> Plan:
+    """The plan, with what cannot be meant put right, so that no policy does more than its share.
+
+    Replicas come within the model's bounds, an idle time that is no number from 0 becomes the
+    model's keep-alive, a review that is due already (or is no time) comes in a moment, and a rate
+    that is none is left out.
+    """
+    replicas = clamp(plan.replicas, facts)
+    keep_idle_s = plan.keep_idle_s if plan.keep_idle_s >= 0 else facts.keep_alive_s  # NaN is not
+    is_ahead = plan.review_at >= now + _SOONEST_S  # NaN is not
+    review_at = plan.review_at if is_ahead else now + _MIN_REVIEW_S
+    rate_per_s = plan.rate_per_s
+    if rate_per_s is not None and not 0 <= rate_per_s < math.inf:
+        rate_per_s = None
+    if (replicas, keep_idle_s, review_at, rate_per_s) == (
+        plan.replicas,
+        plan.keep_idle_s,
+        plan.review_at,
+        plan.rate_per_s,
+    ):
+        return plan
+    return dataclasses.replace(
+        plan,
+        replicas=replicas,
+        keep_idle_s=keep_idle_s,
+        review_at=review_at,
+        rate_per_s=rate_per_s,
+    )
+
+
+def clamp(replicas: float, facts: Facts) -> int:
+    """Within the model's bounds; what is no number is their least."""
+    return int(min(max(facts.scaling.min_replicas, replicas), facts.max_replicas))
 
 
 def replicas_for_load(facts: Facts) -> int:

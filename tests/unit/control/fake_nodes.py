@@ -241,6 +241,13 @@ class Fleet:
             del self.nodes[node_id].answers[model_id]
         return self.tell(event)
 
+    def answer_phases(self, phases: Phases) -> None:
+        """Let replicas whose start is a node's next answer be ready with such phases."""
+        for fake in self.nodes.values():
+            for queue in list(fake.answers.values()):
+                if queue and isinstance(event := queue[0], events.ReplicaReady):
+                    queue[0] = dataclasses.replace(event, phases=phases)
+
     def answer_all(self) -> list[commands.Command]:
         """Let the nodes answer everything, and what follows from it."""
         caused: list[commands.Command] = []

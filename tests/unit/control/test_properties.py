@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable
 
 from hypothesis import HealthCheck, settings
@@ -16,9 +18,9 @@ from flashserve.messages import events
 from flashserve.policy import baselines
 from flashserve.policy.cost import Prices, extent_bytes
 from flashserve.policy.histogram import HybridHistogram
-from flashserve.policy.plans import Policy
+from flashserve.policy.plans import Facts, Plan, Policy
 from flashserve.policy.scaling import Predictive
-from flashserve.types import ModelId, ModelSpec, NodeId, Scaling, SeriesForecast, Tier
+from flashserve.types import ModelId, ModelSpec, NodeId, Phases, Scaling, SeriesForecast, Tier
 
 MODELS = [
     model("a"),
@@ -32,6 +34,24 @@ NAMES = st.sampled_from([spec.model_id for spec in MODELS])
 NODES = {"n1": node("n1", 2, 6, max_sequences=3), "n2": node("n2", 1, 5, max_sequences=3)}
 NODE_NAMES = st.sampled_from(sorted(NODES))
 TIERS = st.sampled_from([Tier.DISK, Tier.DRAM])
+
+
+class Liar(baselines.FixedKeepAlive):
+    """Says what no policy may mean, one thing after the other."""
+
+    _REPLICAS = (0, 10**9, -1, 1)
+    _NUMBERS = (math.nan, -1.0, math.inf, 0.0, 1e300, -math.inf, 3.0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._replicas = itertools.cycle(self._REPLICAS)
+        self._numbers = itertools.cycle(self._NUMBERS)
+
+    def plan(self, facts: Facts, now: float) -> Plan:
+        keep_idle_s, review_at, rate = itertools.islice(self._numbers, 3)
+        return Plan(next(self._replicas), keep_idle_s, review_at, rate)
+
+
 POLICIES: dict[str, Callable[[], Policy]] = {
     "keep-alive": baselines.FixedKeepAlive,
     "always-on": baselines.AlwaysOn,
@@ -40,6 +60,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "histogram": HybridHistogram,
     "flashserve": lambda: Predictive(Prices()),
     "flashserve, starts dear": lambda: Predictive(Prices(wait_per_s=100.0)),
+    "liar": Liar,
 }
 SCALINGS = [Scaling(), Scaling(0, 1), Scaling(1, 1), Scaling(1, 2), Scaling(0, 3, 1)]
 LEADS = (60.0, 300.0, 1800.0)
@@ -138,6 +159,29 @@ class Anything(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.1, 2.0]))
     def pass_time_without_a_tick(self, seconds: float) -> None:
         self.fleet.now += seconds
+
+    @rule(seconds=st.sampled_from([0.5, 1e4]))
+    def step_the_clock_back(self, seconds: float) -> None:
+        self.fleet.now -= seconds
+
+    @rule(
+        name=NODE_NAMES,
+        model_id=NAMES,
+        number=st.sampled_from([-1, 0, 1, 1 << 62]),
+        seconds=st.sampled_from([math.nan, -1.0, 0.0, 1e-300, math.inf]),
+    )
+    def report_nonsense(self, name: str, model_id: ModelId, number: int, seconds: float) -> None:
+        """A rate that is none, for bytes that the node holds or holds not."""
+        fake = self.fleet.nodes.get(NodeId(name))
+        if fake is not None and not fake.answers.get(model_id):
+            held = model_id in fake.dram
+            tier = Tier.DRAM if held else Tier.REMOTE
+            self.fleet.tell(events.Staged(NodeId(name), model_id, tier, number, seconds))
+
+    @rule(seconds=st.sampled_from([math.nan, -1.0, 0.0, 1e-300, math.inf, 1e300]))
+    def start_at_nonsense_speed(self, seconds: float) -> None:
+        phases = Phases(*[seconds] * 7)
+        self.fleet.answer_phases(phases)
 
     @rule(data=st.data())
     def lose_replica(self, data: st.DataObject) -> None:
