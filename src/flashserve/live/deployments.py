@@ -22,6 +22,7 @@ from flashserve.live.runtime import Runtime
 from flashserve.live.text import ModelText, TextCache
 from flashserve.messages.events import BoundsChanged, ModelDeleted, ModelDeployed
 from flashserve.messages.work import ModelFacts
+from flashserve.policy.minimums import check_minimums
 from flashserve.policy.schedules import NO_BOUNDS, Bounds, check_bounds
 from flashserve.store import smallfiles
 from flashserve.store.sources.source import check_allowed, scheme_of
@@ -73,7 +74,7 @@ class Deployments:
         """Bring every deployed model back, cold. Its source is first looked at by a request."""
         for stored in await self._catalogue.models():
             model = self._scaled(stored)
-            _warn_of_contradictions(model.bounds, self._num_workers, model.spec.model_id)
+            self._warn_of_contradictions(model)
             self._models[model.spec.model_id] = model
             self._names.put(model.spec.model_id, KIND)
             await self._runtime.apply(ModelDeployed(model.spec))
@@ -129,6 +130,7 @@ class Deployments:
         check_name(name, KIND)
         _check_keep_alive(options.keep_alive_s)
         check_bounds(options.bounds, self._num_workers)
+        self._check_minimums(ModelId(name), options.bounds)
         source = absolute(source)
         if not trusted:
             allowed = self._allowed
@@ -145,6 +147,7 @@ class Deployments:
         async with self._changing:
             if not replace:
                 self._check_free(ModelId(name), source, facts.identity)
+            self._check_minimums(ModelId(name), options.bounds)
             known = self._models.get(ModelId(name))
             if known is not None and known.identity != facts.identity:
                 self._check_no_adapters(known.spec.model_id, "replaced")
@@ -170,6 +173,25 @@ class Deployments:
     @property
     def _num_workers(self) -> int:
         return sum(node.spec.num_workers for node in self._runtime.nodes)
+
+    def _check_minimums(self, model_id: ModelId, bounds: Bounds) -> None:
+        if bounds == NO_BOUNDS:
+            return
+        others = {
+            name: model.bounds
+            for name, model in self._models.items()
+            if name != model_id and model.bounds != NO_BOUNDS
+        }
+        check_minimums(model_id, bounds, others, self._num_workers)
+
+    def _warn_of_contradictions(self, model: DeployedModel) -> None:
+        """A server that was restarted with fewer workers serves with what it has."""
+        model_id = model.spec.model_id
+        try:
+            check_bounds(model.bounds, self._num_workers)
+            self._check_minimums(model_id, model.bounds)
+        except InputError as error:
+            _log.warning("bounds cannot be met", model_id=model_id, reason=error.message)
 
     async def delete(self, name: str) -> None:
         """See Service.delete."""
@@ -238,14 +260,6 @@ def _check_keep_alive(keep_alive_s: float | None) -> None:
         raise InputError(
             f"keep_alive_s is {keep_alive_s}, not a number from 0", param="keep_alive_s"
         )
-
-
-def _warn_of_contradictions(bounds: Bounds, num_workers: int, model_id: ModelId) -> None:
-    """A server that was restarted with fewer workers serves with what it has."""
-    try:
-        check_bounds(bounds, num_workers)
-    except InputError as error:
-        _log.warning("bounds cannot be met", model_id=model_id, reason=error.message)
 
 
 def _changed_in_place(known: DeployedModel, model: DeployedModel) -> bool:

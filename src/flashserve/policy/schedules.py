@@ -89,13 +89,23 @@ def check_bounds(bounds: Bounds, num_workers: int) -> None:
         )
     _check_scaling(_scaling(bounds, ()), num_workers, "")
     windows = bounds.windows
-    starts = sorted({0, *(edge for w in windows for span in w.spans for edge in span)})
-    for minute in starts:
+    for minute in edges(bounds):
         holding = [window for window in windows if window.holds(minute)]
         if holding:
             _check_agreement(holding)
             lines = " with ".join(repr(window.line) for window in holding)
             _check_scaling(_scaling(bounds, holding), num_workers, f"schedule {lines}: ")
+
+
+def edges(bounds: Bounds) -> list[int]:
+    """The minutes of the week at which what holds may change, the first among them; ascending."""
+    spans = [span for window in bounds.windows for span in window.spans]
+    return sorted({0, *(edge for span in spans for edge in span)} - {_WEEK_MINUTES})
+
+
+def minimum_at(bounds: Bounds, minute: int) -> int:
+    """How many replicas the model always has in that minute of the week."""
+    return _scaling_in(bounds, minute, None).min_replicas
 
 
 @functools.lru_cache(maxsize=4096)

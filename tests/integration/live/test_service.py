@@ -423,6 +423,18 @@ def test_a_deployment_that_fails_leaves_nothing(tmp_path: Path) -> None:
     play(tmp_path, scenario, deployed=False)
 
 
+def test_minimums_that_cannot_be_met_together_are_refused(tmp_path: Path) -> None:
+    async def scenario(rig: Rig) -> None:
+        await rig.deploy("a", bounds=Bounds(min_replicas=1))
+        with pytest.raises(InputError, match="and a 1 for others") as refused:
+            await rig.deploy("b", bounds=Bounds(min_replicas=1))
+        assert refused.value.param == "min_replicas"
+        await rig.deploy("a", bounds=Bounds(min_replicas=1))  # it does not count twice
+        assert rig.service.model_names() == ["a"]
+
+    play(tmp_path, scenario, deployed=False)
+
+
 def test_names_and_times_are_checked(tmp_path: Path) -> None:
     async def scenario(rig: Rig) -> None:
         for name in ("", "a b", "x" * 129, "ü", "a\n"):
@@ -495,7 +507,7 @@ def test_what_the_policy_did_and_why_is_shown(tmp_path: Path) -> None:
         (start,) = rig.service.decisions(1)
         assert start.action == "StartReplica"
         assert start.reason == rig.service.model(M).reason
-        assert "ahead of requests: always on" in start.reason
+        assert start.reason.startswith("min_replicas 1; ")
         assert "predicted" in start.reason
         status = rig.service.model(M)
         assert (status.wanted_replicas, status.plan) == (1, "always on")
