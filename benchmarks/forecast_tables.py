@@ -71,6 +71,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
 def decisions(figures: Figures) -> Iterator[str]:
     for trace, title in NAMES.items():
         keys = figures.keys(lambda t, _, cohort, wanted=trace: (t, cohort) == (wanted, "all"))
+        keys = [key for key in keys if figures.has(*key, COSTS[0])]
         if not keys:
             continue
         yield from (f"**{title}**", "")
