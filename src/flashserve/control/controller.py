@@ -41,6 +41,9 @@ from flashserve.policy.cost import UNMEASURED, Prices, Rates
 from flashserve.policy.plans import Policy
 from flashserve.types import ModelId, NodeId, ReplicaId, RequestId, Tier
 
+_MAX_TIMERS = 8
+"""Acted on in one Tick, so that none is long; the next one is due at once."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelView:
@@ -94,11 +97,17 @@ class Controller:
         """Apply one event at time `now` (seconds) and return the commands it causes, in order."""
         state = self._state
         commands = self._apply(event, now)
-        commands += scaling.settle(state, now)
-        commands += slots.fill(state, now)
-        commands += scaling.settle(state, now)
-        commands += scaling.act_ahead(state, now)
-        return commands + requests.hold_new(state, now)
+        if state.unplanned:
+            commands += scaling.settle(state, now, before_starts=True)
+        if state.line.models or state.line.lapsed:
+            commands += slots.fill(state, now)
+        if state.unplanned:
+            commands += scaling.settle(state, now)
+        if state.short or state.reviewed:
+            commands += scaling.act_ahead(state, now)
+        if state.unheld:
+            commands += requests.hold_new(state, now)
+        return commands
 
     def _apply(self, event: Event, now: float) -> list[Command]:  # noqa: C901, PLR0911, PLR0912 - one line per event
         state = self._state
@@ -148,7 +157,7 @@ class Controller:
 
     def _tick(self, now: float) -> list[Command]:
         commands: list[Command] = []
-        for timer in self._state.timers.pop_due(now):
+        for timer in self._state.timers.pop_due(now, _MAX_TIMERS):
             commands += self._act_on(timer, now)
         return commands
 
@@ -176,7 +185,10 @@ class Controller:
                 assert_never(timer.kind)
 
     def next_wakeup(self) -> float | None:
-        """The earliest time at which a Tick would do something; None while nothing is due."""
+        """The earliest time at which a Tick would do something; None while nothing is due.
+
+        After a Tick that time may have come already: what is due at once is done in several.
+        """
         return self._state.timers.next_due()
 
     @property

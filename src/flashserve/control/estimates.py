@@ -98,12 +98,15 @@ class Estimates:
             averages.pop(scope, None)
 
     def costs(self, node_id: NodeId, model_id: ModelId, worker: WorkerState) -> Costs:
+        remote, disk, dram, *_ = self._averages
+        place = _place(worker)
+        default = self._default
         return Costs(
-            remote_bytes_per_s=self.value(Quantity.REMOTE_BYTES_PER_S, node_id),
-            disk_bytes_per_s=self.value(Quantity.DISK_BYTES_PER_S, node_id),
-            dram_bytes_per_s=self.value(Quantity.DRAM_BYTES_PER_S, node_id),
-            place_s=self.value(_place(worker), node_id),
-            init_s=self.value(Quantity.INIT_S, model_id),
+            remote.get(node_id, default[Quantity.REMOTE_BYTES_PER_S]),
+            disk.get(node_id, default[Quantity.DISK_BYTES_PER_S]),
+            dram.get(node_id, default[Quantity.DRAM_BYTES_PER_S]),
+            self._averages[place].get(node_id, default[place]),
+            self._averages[Quantity.INIT_S].get(model_id, default[Quantity.INIT_S]),
         )
 
     def observe_start(

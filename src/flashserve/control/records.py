@@ -12,6 +12,7 @@ import math
 from flashserve.control.shares import Shares
 from flashserve.policy.admission import Failure
 from flashserve.policy.cost import EXTENT_BYTES, WorkerState, extent_bytes
+from flashserve.policy.hazards import Hazards
 from flashserve.policy.plans import Plan
 from flashserve.types import (
     ModelId,
@@ -21,7 +22,6 @@ from flashserve.types import (
     Phases,
     ReplicaId,
     RequestId,
-    SeriesForecast,
     Tier,
 )
 
@@ -116,12 +116,14 @@ class Model:
     disk_nodes: dict[NodeId, None] = dataclasses.field(default_factory=dict)
     """Nodes that fetched it to their disk, when its lowest tier is REMOTE."""
     num_running: int = 0
+    num_serving: int = 0
+    """Replicas that are starting or ready."""
     last_used_at: float | None = None
     reason: str = ""
     failure: Failure | None = None
     plan: Plan = dataclasses.field(default_factory=lambda: Plan(0, 0.0))
     """The policy's last answer."""
-    forecast: SeriesForecast | None = None
+    forecast: Hazards | None = None
     """The newest; whether it is too old is for who reads it."""
     last_arrival_at: float | None = None
     scale_out_at: float = math.inf
@@ -153,11 +155,6 @@ class Model:
     def is_wanting(self) -> bool:
         """It has waiting requests and no replica that would serve them."""
         return bool(self.waiting) and not self.num_serving
-
-    @property
-    def num_serving(self) -> int:
-        """Replicas that are starting or ready."""
-        return sum(r.status is not Status.DRAINING for r in self.replicas.values())
 
 
 @dataclasses.dataclass(slots=True)

@@ -12,7 +12,6 @@ from flashserve.messages.commands import Command
 from flashserve.policy import eviction
 from flashserve.policy.cost import WorkerState, extent_bytes, predict_start, startup_s
 from flashserve.policy.eviction import Candidate
-from flashserve.policy.scaling import is_sound, rate_of
 from flashserve.types import ModelId, Tier
 
 _MARGIN = 1.5
@@ -76,9 +75,9 @@ def _rate(model: Model, now: float) -> float | None:
     """Starts that its forecast expects, per second; None where there is no recent one."""
     if model.forecast is None or now - model.forecast.made_at > _MAX_AGE_S:
         return None
-    if model.plan.rate_per_s is None or not is_sound(model.forecast):
+    if model.plan.rate_per_s is None or not model.forecast.is_sound:
         return None
-    return rate_of(model.forecast, now)
+    return model.forecast.rate(now)
 
 
 def free_more(

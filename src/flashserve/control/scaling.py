@@ -20,9 +20,10 @@ from flashserve.messages.commands import Command
 from flashserve.messages.events import BoundsChanged, ForecastReady
 from flashserve.policy import keepalive
 from flashserve.policy.cost import WorkerState, startup_s
+from flashserve.policy.hazards import Hazards
 from flashserve.policy.placement import place
 from flashserve.policy.plans import Facts, bounded, trusted
-from flashserve.types import Scaling, SeriesForecast
+from flashserve.types import SeriesForecast
 
 _NUM_TRIES = 2
 """Starts ahead that are tried in one event; the others' turn comes with the next ones."""
@@ -34,7 +35,7 @@ def forecast_ready(state: State, event: ForecastReady) -> list[Command]:
     """Series that are no deployed model's (an adapter's, or one just deleted) change nothing."""
     for forecast in event.forecasts:
         if model := state.find(forecast.series):
-            model.forecast = forecast
+            model.forecast = Hazards(forecast)
             if _may_matter(model, forecast):
                 state.unplanned[model.model_id] = model
     return []
@@ -65,30 +66,42 @@ def review_due(state: State, model: Model, now: float) -> None:
     state.unplanned[model.model_id] = model
 
 
-def settle(state: State, now: float) -> list[Command]:
-    """Review every model whose facts changed in this event, and stop what no plan wants."""
+def settle(state: State, now: float, *, before_starts: bool = False) -> list[Command]:
+    """Review every model whose facts changed in this event, and stop what no plan wants.
+
+    before_starts: models that stand in line and have nothing to stop are left for after them.
+    """
     commands: list[Command] = []
+    put_off: list[Model] = []
     while state.unplanned:
         model_id = next(iter(state.unplanned))
         model = state.unplanned.pop(model_id)
-        if state.find(model_id) is model:
+        if state.find(model_id) is not model:
+            continue
+        if before_starts and not model.replicas and model_id in state.line.models:
+            put_off.append(model)
+        else:
             commands += _review(state, model, now)
+    for model in put_off:
+        state.unplanned[model.model_id] = model
     return commands
 
 
 def _review(state: State, model: Model, now: float) -> list[Command]:
     facts = _facts(state, model)
     plan = model.plan = trusted(state.policy.plan(facts, now), facts, now)
-    _keep_minimum(state, model)
-    _set_scale_out(state, model)
-    commands = _stop_surplus(state, model, now)
+    model.scale_out_at = _scale_out_at(facts)
+    commands: list[Command] = []
+    if model.replicas:
+        _keep_minimum(state, model)
+        commands = _stop_surplus(state, model, now)
     serving = model.num_serving
     covered = bool(model.waiting) and not serving  # it stands in line
     wanted = model.spec.scaling.min_replicas if model.is_dismissed else plan.replicas
     is_short = serving < wanted and not covered and not state.is_draining
     state.set_short(model, is_short, now)
     state.watch_review(model)
-    if plan.rate_per_s is not None:
+    if plan.rate_per_s is not None and not model.dram_nodes:
         state.reviewed[model.model_id] = model
     return commands
 
@@ -103,13 +116,14 @@ def _facts(state: State, model: Model) -> Facts:
         num_serving += 1
         in_flight += len(replica.in_flight)
         idle_since = max(idle_since, replica.changed_at if replica.is_idle else math.inf)
+    spec = model.spec
     return Facts(
-        model.model_id,
-        model.spec.size_bytes,
+        spec.model_id,
+        spec.size_bytes,
         tier,
-        startup_s(model.spec.size_bytes, tier, costs),
-        state.estimates.value(Quantity.PREFILL_S, model.model_id),
-        state.estimates.value(Quantity.RUN_S, model.model_id),
+        startup_s(spec.size_bytes, tier, costs),
+        state.estimates.value(Quantity.PREFILL_S, spec.model_id),
+        state.estimates.value(Quantity.RUN_S, spec.model_id),
         state.max_sequences,
         num_serving,
         in_flight,
@@ -117,14 +131,17 @@ def _facts(state: State, model: Model) -> Facts:
         idle_since if math.isfinite(idle_since) else None,
         model.last_arrival_at,
         state.keep_alive_s(model),
-        model.spec.keep_alive_s is not None,
-        _bounds(state, model),
+        spec.keep_alive_s is not None,
+        bounded(spec.scaling, state.settings.max_replicas),
         model.forecast,
     )
 
 
-def _bounds(state: State, model: Model) -> Scaling:
-    return bounded(model.spec.scaling, state.settings.max_replicas)
+def _scale_out_at(facts: Facts) -> float:
+    """With more requests than this, the policy is asked for another replica."""
+    if not 0 < facts.num_replicas < facts.max_replicas:
+        return math.inf
+    return facts.num_replicas * (facts.scaling.target or facts.limit)
 
 
 def _keep_minimum(state: State, model: Model) -> None:
@@ -136,17 +153,11 @@ def _keep_minimum(state: State, model: Model) -> None:
         left -= is_kept
 
 
-def _set_scale_out(state: State, model: Model) -> None:
-    serving, most = model.num_serving, _bounds(state, model).max_replicas
-    assert most is not None
-    each = model.spec.scaling.target or state.max_sequences
-    model.scale_out_at = serving * each if 0 < serving < most else math.inf
-
-
 def _stop_surplus(state: State, model: Model, now: float) -> list[Command]:
     """Stop idle replicas beyond the wanted number whose time is over, and watch the others."""
     idle = [replica for replica in model.replicas.values() if replica.is_idle]
-    idle.sort(key=lambda replica: (replica.changed_at, replica.replica_id))
+    if len(idle) > 1:
+        idle.sort(key=lambda replica: (replica.changed_at, replica.replica_id))
     commands: list[Command] = []
     for replica in idle:
         if model.num_serving <= model.plan.replicas:

@@ -34,6 +34,7 @@ from flashserve.messages.events import (
 )
 from flashserve.policy import keepalive
 from flashserve.policy.cost import UNMEASURED, Rates, WorkerState, startup_s
+from flashserve.policy.hazards import Hazards
 from flashserve.policy.plans import Facts, Policy, bounded, trusted
 from flashserve.types import ModelId, ModelSpec, NodeId, RequestId, Tier
 
@@ -107,7 +108,7 @@ class Shadow:
             case ForecastReady():
                 for forecast in event.forecasts:
                     if model := self._models.get(forecast.series):
-                        model.forecast = forecast
+                        model.forecast = Hazards(forecast)
                         self._review(model, now)
             case NodeJoined():
                 self._limit = event.node.max_sequences

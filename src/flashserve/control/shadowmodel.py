@@ -11,8 +11,9 @@ import math
 from collections import deque
 
 from flashserve.control.usage import WorkerUsage
+from flashserve.policy.hazards import Hazards
 from flashserve.policy.keepalive import expires_at
-from flashserve.types import ModelId, ModelSpec, RequestId, SeriesForecast
+from flashserve.types import ModelId, ModelSpec, RequestId
 
 
 class Ran:
@@ -52,7 +53,7 @@ class ShadowModel:
         self.has_bytes = False
         self.is_deleted = False
         self.last_arrival_at: float | None = None
-        self.forecast: SeriesForecast | None = None
+        self.forecast: Hazards | None = None
         self.due = self.scheduled = math.inf
         """When it is to be looked at again, and the earliest entry that sees to it."""
         self._starts: deque[tuple[float, int]] = deque()

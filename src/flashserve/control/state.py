@@ -7,6 +7,7 @@ change, each node's pinned and evictable bytes, and the timers.
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Mapping
 from typing import TypeVar
@@ -66,6 +67,9 @@ class State:
         self.num_workers = 0
         self.largest_bytes = 0
         self.max_sequences = 1
+        self._capacities = collections.Counter[int]()
+        self._sequences = collections.Counter[int]()
+        """Nodes by bytes of DRAM and by sequences of a replica; most are alike."""
         self.num_running = 0
         self.is_draining = False
         self._num_started = 0
@@ -187,6 +191,7 @@ class State:
         self.replicas[replica.replica_id] = replica
         node.replicas[replica.replica_id] = replica
         model.replicas[replica.replica_id] = replica
+        model.num_serving += replica.status is not Status.DRAINING
         self._review_slots(node)
         self._refresh_pin(node, model)
         self.line.review(model)
@@ -198,6 +203,7 @@ class State:
         del self.replicas[replica.replica_id]
         del node.replicas[replica.replica_id]
         del model.replicas[replica.replica_id]
+        model.num_serving -= replica.status is not Status.DRAINING
         self.idle.pop(replica.replica_id, None)
         self.busy.pop(replica.replica_id, None)
         node.idle.pop(replica.replica_id, None)
@@ -210,10 +216,11 @@ class State:
         self.unplanned[model.model_id] = model
 
     def set_status(self, replica: Replica, status: Status, now: float) -> None:
+        model = self.models[replica.model_id]
+        model.num_serving += (replica.status is Status.DRAINING) - (status is Status.DRAINING)
         replica.status = status
         replica.changed_at = now
         self._reindex(replica)
-        model = self.models[replica.model_id]
         self.line.review(model)
         self.unplanned[model.model_id] = model
 
@@ -324,7 +331,7 @@ class State:
         self.nodes[spec.node_id] = node
         self.epochs[spec.node_id] = spec.epoch
         self._review_slots(node)
-        self._sum_nodes()
+        self._count_node(node, 1)
         self._room_grew()
 
     def forget_bytes(self, node: Node) -> None:
@@ -343,12 +350,19 @@ class State:
         del self.nodes[node.node_id]
         self.free_nodes.pop(node.node_id, None)
         self.estimates.forget(node.node_id)
-        self._sum_nodes()
+        self._count_node(node, -1)
 
-    def _sum_nodes(self) -> None:
-        self.num_workers = sum(node.spec.num_workers for node in self.nodes.values())
-        self.largest_bytes = max((n.capacity_bytes for n in self.nodes.values()), default=0)
-        self.max_sequences = min((n.spec.max_sequences for n in self.nodes.values()), default=1)
+    def _count_node(self, node: Node, change: int) -> None:
+        self.num_workers += change * node.spec.num_workers
+        for counts, value in (
+            (self._capacities, node.capacity_bytes),
+            (self._sequences, node.spec.max_sequences),
+        ):
+            counts[value] += change
+            if not counts[value]:
+                del counts[value]
+        self.largest_bytes = max(self._capacities, default=0)
+        self.max_sequences = min(self._sequences, default=1)
 
     # Timers
 
@@ -372,26 +386,29 @@ class State:
         return keepalive.expires_at(replica.changed_at, model.plan.keep_idle_s)
 
     def _due_at(self, timer: Timer) -> float | None:
-        match timer.kind:
-            case TimerKind.DEADLINE:
-                request = self.requests.get(RequestId(timer.key))
-                waits = request is not None and request.replica_id is None
-                return request.deadline_at if request and waits else None
-            case TimerKind.KEEP_ALIVE:
-                replica = self.replicas.get(ReplicaId(timer.key))
-                return self._keep_alive_ends(replica) if replica else None
-            case TimerKind.PATIENCE:
-                model = self.line.models.get(ModelId(timer.key))
-                return model.patience_at if model else None
-            case TimerKind.RETRY:
-                model = self.line.shunning.get(ModelId(timer.key))
-                return model.retry_at if model else None
-            case TimerKind.BACKOFF:
-                model = self.models.get(ModelId(timer.key))
-                return model.failure.until if model and model.failure else None
-            case TimerKind.REVIEW:
-                model = self.find(ModelId(timer.key))
-                return self.review_at(model) if model else None
+        kind = timer.kind
+        if kind is TimerKind.KEEP_ALIVE:  # the most frequent ones first
+            replica = self.replicas.get(ReplicaId(timer.key))
+            return self._keep_alive_ends(replica) if replica else None
+        if kind is TimerKind.REVIEW:
+            model = self.find(ModelId(timer.key))
+            return self.review_at(model) if model else None
+        if kind is TimerKind.DEADLINE:
+            request = self.requests.get(RequestId(timer.key))
+            waits = request is not None and request.replica_id is None
+            return request.deadline_at if request and waits else None
+        return self._rare_due_at(kind, ModelId(timer.key))
+
+    def _rare_due_at(self, kind: TimerKind, model_id: ModelId) -> float | None:
+        if kind is TimerKind.PATIENCE:
+            model = self.line.models.get(model_id)
+            return model.patience_at if model else None
+        if kind is TimerKind.RETRY:
+            model = self.line.shunning.get(model_id)
+            return model.retry_at if model else None
+        assert kind is TimerKind.BACKOFF
+        model = self.models.get(model_id)
+        return model.failure.until if model and model.failure else None
 
 
 _Key = TypeVar("_Key", str, int)

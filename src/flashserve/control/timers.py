@@ -62,9 +62,12 @@ class Timers:
                 self.schedule(timer, due)
         return None
 
-    def pop_due(self, now: float) -> Iterator[Timer]:
-        """Every timer that is due, earliest first; ones scheduled meanwhile count too."""
-        while (when := self.next_due()) is not None and when <= now:
+    def pop_due(self, now: float, limit: int) -> Iterator[Timer]:
+        """Timers that are due, earliest first, so many at most; ones scheduled meanwhile count."""
+        for _ in range(limit):
+            when = self.next_due()
+            if when is None or when > now:
+                return
             _, timer = heapq.heappop(self._heap)
             del self._scheduled[timer]
             yield timer

@@ -45,7 +45,8 @@ from flashserve.types import ModelId, SeriesForecast
 LEADS_S = tuple(60.0 * lead for lead in GRID)
 _AFTER_S = 0.5
 """A minute is told so long after its end."""
-_EVENT_SERIES = 32
+_EVENT_SERIES = 8
+"""So that no event of the controller's is long: each may be one more plan."""
 _REFRESH_MINUTES = 10
 """A forecast that does not change is told again, so that it is not taken for one that is late."""
 _SAVE_MINUTES = 5

@@ -32,8 +32,7 @@ class RecentGaps:
         found = bisect.bisect_left(EDGES_S, now - last)
         own = self._own.setdefault(model_id, [0.0] * _NUM_BINS)
         for bins, fading in ((own, _FADING), (self._all, _POOL_FADING)):
-            for number in range(_NUM_BINS):
-                bins[number] *= fading
+            bins[:] = [count * fading for count in bins]
             bins[found] += 1.0
 
     def forget(self, model_id: ModelId) -> None:

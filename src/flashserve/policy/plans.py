@@ -9,14 +9,15 @@ and draws no number, so one history gives one sequence of plans, live and simula
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from flashserve.types import ModelId, Scaling, SeriesForecast, Tier
+from flashserve.policy.hazards import Hazards
+from flashserve.types import ModelId, Scaling, Tier
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(NamedTuple):
     """A model at the moment of the question.
 
     tier: where its bytes are nearest, replicas apart; restart_s: what a start from there would
@@ -42,7 +43,7 @@ class Facts:
     has_own_keep_alive: bool
     scaling: Scaling
     """max_replicas is never None here, and at least min_replicas."""
-    forecast: SeriesForecast | None = None
+    forecast: Hazards | None = None
     """The newest that came, however old."""
 
     @property
@@ -51,8 +52,7 @@ class Facts:
         return self.scaling.max_replicas
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """What the model deserves.
 
     replicas: wanted now. More than there are means a start ahead of requests, where there is room
@@ -93,6 +93,7 @@ class Policy(Protocol):
         """The model was deleted."""
 
 
+@functools.lru_cache(maxsize=1024)
 def bounded(scaling: Scaling, max_replicas: int) -> Scaling:
     """A model's bounds, with the server's max_replicas where it has none of its own."""
     most = scaling.max_replicas or max_replicas
@@ -125,8 +126,7 @@ def trusted(plan: Plan, facts: Facts, now: float) -> Plan:
         plan.rate_per_s,
     ):
         return plan
-    return dataclasses.replace(
-        plan,
+    return plan._replace(
         replicas=replicas,
         keep_idle_s=keep_idle_s,
         review_at=review_at,

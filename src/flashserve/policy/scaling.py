@@ -8,34 +8,23 @@ a start times the chance of a request exceeds that of the idle window times the 
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import math
-import statistics
-from collections.abc import Sequence
 
 from flashserve.policy import text
 from flashserve.policy.cost import Prices
 from flashserve.policy.gaps import RecentGaps
+from flashserve.policy.hazards import Hazards, hazard
 from flashserve.policy.plans import Facts, Plan, clamp, replicas_for_load
-from flashserve.types import ModelId, SeriesForecast, Tier
+from flashserve.types import ModelId, Tier
 
 WINDOW_S = 60.0
 """Forecasts come once in so many seconds, so a decision holds for so long."""
-NEAR_S = 120.0
-"""Two forecasts' time: what moves on the first of them is there by the second."""
-_FAR_SHARE = 0.1
-"""Of the rate, from the mean over all leads."""
 _HEED_S = 600.0
 """A chance is heeded if it would earn a place in DRAM when all of it lay within half of this."""
 _LATE_S = 20.0
 """So much later than due a forecast may be before it is missed."""
 _MAX_AGE = 0.5
 """A forecast may be used for this share of its longest lead, if nothing arrived since."""
-_MAX_P = 1 - 1e-9
-_NORMAL = statistics.NormalDist()
-_UPPER_SCORE = _NORMAL.inv_cdf(0.9)
-"""Of the level of SeriesForecast.upper."""
 
 
 class Predictive:
@@ -72,9 +61,9 @@ class Predictive:
             return self._until_next(facts, by_load, next_due, now)
         return self._by_chance(facts, forecast, by_load, now)
 
-    def _is_trusted(self, forecast: SeriesForecast, facts: Facts, now: float) -> bool:
+    def _is_trusted(self, forecast: Hazards, facts: Facts, now: float) -> bool:
         """Recent enough, and not made long before an arrival that a later one should have seen."""
-        if not is_sound(forecast):
+        if not forecast.is_sound:
             return False
         age_s = now - forecast.made_at
         seen_s = (facts.last_arrival_at or -math.inf) - forecast.made_at
@@ -86,29 +75,32 @@ class Predictive:
     def _until_next(self, facts: Facts, by_load: int, next_due: float, now: float) -> Plan:
         """Something arrived since the forecast was made: the gaps between requests decide.
 
-        Only until the next forecast, which has seen it.
+        Only until the next forecast, which has seen it. One that is late is not asked for again:
+        until it is not trusted any more, nothing would change.
         """
         assert facts.forecast is not None
         assert facts.last_arrival_at is not None
-        rate = rate_of(facts.forecast, now)
+        rate = facts.forecast.rate(now)
         wanted = clamp(by_load, facts)
+        left_s = max(next_due - now, 0.0)
+        review_at = next_due if left_s else next_due + self._window_s
         if facts.has_own_keep_alive:
-            return Plan(wanted, facts.keep_alive_s, next_due, rate, reason="its own keep-alive")
+            return Plan(wanted, facts.keep_alive_s, review_at, rate, reason="its own keep-alive")
         if facts.idle_since is None:
-            return Plan(wanted, self._keep_s(facts), next_due, rate, reason="it has requests")
+            return Plan(wanted, self._keep_s(facts), review_at, rate, reason="it has requests")
         cold_s = self._cold(facts) / max(self._prices.gpu_per_s, 1e-12)
         age_s = now - facts.last_arrival_at
-        keep_s = self._gaps.keep_s(facts.model_id, age_s, max(next_due - now, 0.0), cold_s)
+        keep_s = self._gaps.keep_s(facts.model_id, age_s, left_s, cold_s)
         worth = f"worth {text.seconds(keep_s)} more" if keep_s > 0 else "not worth more"
         reason = (
             f"{worth} after a request {text.seconds(age_s)} ago, "
             f"where a start costs as much as {text.seconds(cold_s)} idle"
         )
-        return Plan(wanted, now - facts.idle_since + keep_s, next_due, rate, reason=reason)
+        return Plan(wanted, now - facts.idle_since + keep_s, review_at, rate, reason=reason)
 
-    def _by_chance(self, facts: Facts, forecast: SeriesForecast, by_load: int, now: float) -> Plan:
-        rate = rate_of(forecast, now)
-        p = chance(forecast, now, self._window_s + facts.restart_s)
+    def _by_chance(self, facts: Facts, forecast: Hazards, by_load: int, now: float) -> Plan:
+        rate = forecast.rate(now)
+        p = forecast.chance(now, self._window_s + facts.restart_s)
         cold = self._cold(facts)
         idle = self._prices.gpu_per_s * self._window_s
         if not facts.num_replicas:  # a start that nobody uses costs its own time as well
@@ -135,23 +127,23 @@ class Predictive:
         reason = f"{numbers}; {text.count(wanted, 'replica')} for {ahead} forecast, {by_load} now"
         return Plan(wanted, self._keep_s(facts), now + self._window_s, rate, reason=reason)
 
-    def _least_chance(self, facts: Facts, forecast: SeriesForecast, least: float) -> float:
+    def _least_chance(self, facts: Facts, forecast: Hazards, least: float) -> float:
         """Within the first lead, so that `least` could be reached within a window and a start.
 
         Half of what a constant hazard would make of it, since a hazard may grow.
         """
-        hazard = -math.log1p(-min(least, _MAX_P)) / (self._window_s + facts.restart_s)
-        return -math.expm1(-hazard * forecast.leads_s[0] / 2)
+        per_s = hazard(least) / (self._window_s + facts.restart_s)
+        return -math.expm1(-per_s * forecast.leads_s[0] / 2)
 
-    def _least_chance_of_room(self, facts: Facts, forecast: SeriesForecast, cold: float) -> float:
+    def _least_chance_of_room(self, facts: Facts, forecast: Hazards, cold: float) -> float:
         """Within the last lead, so that a place in DRAM could be worth its price."""
         rate = self._prices.dram_gb_per_s * facts.size_bytes / 1e9 / max(cold, 1e-12)
         return -math.expm1(-rate * min(_HEED_S, forecast.leads_s[-1]) / 2)
 
-    def _by_forecast(self, facts: Facts, forecast: SeriesForecast, cold: float) -> int:
+    def _by_forecast(self, facts: Facts, forecast: Hazards, cold: float) -> int:
         """Replicas for what will run at once (Little's law), at the quantile of the costs."""
         over = self._prices.gpu_per_s * self._window_s
-        count = quantile_count(forecast, self._window_s, cold / (cold + over))
+        count = forecast.count(self._window_s, cold / (cold + over))
         at_once = count / self._window_s * facts.run_s
         return max(1, math.ceil(at_once / max(facts.scaling.target or facts.limit, 1)))
 
@@ -164,65 +156,3 @@ class Predictive:
             return facts.keep_alive_s
         cold = self._cold(facts)
         return min(cold / max(self._prices.gpu_per_s, 1e-12), self._window_s)
-
-
-def is_sound(forecast: SeriesForecast) -> bool:
-    """Leads that ascend, and numbers that a distribution can have."""
-    num = len(forecast.leads_s)
-    parts = (forecast.p_arrival, forecast.mean, forecast.upper)
-    if not num or any(len(part) != num for part in parts):
-        return False
-    leads = forecast.leads_s
-    if not (leads[0] > 0 and all(a < b for a, b in itertools.pairwise(leads))):
-        return False
-    return (
-        math.isfinite(leads[-1])
-        and math.isfinite(forecast.made_at)
-        and all(0 <= p <= 1 for p in forecast.p_arrival)
-        and all(math.isfinite(x) and x >= 0 for x in (*forecast.mean, *forecast.upper))
-    )
-
-
-def chance(forecast: SeriesForecast, now: float, lead_s: float) -> float:
-    """P(arrival in [now, now + lead_s]), given that nothing arrived since the forecast was made."""
-    age_s = max(now - forecast.made_at, 0.0)
-    hazards = [-math.log1p(-min(p, _MAX_P)) for p in forecast.p_arrival]
-    gone = at_lead(forecast.leads_s, hazards, age_s)
-    return -math.expm1(gone - at_lead(forecast.leads_s, hazards, age_s + lead_s))
-
-
-def rate_of(forecast: SeriesForecast, now: float) -> float:
-    """Starts to expect per second: the mean hazard of the near future, mostly.
-
-    What is not needed soon can come back before it is, so the next minutes rank it; a small part of
-    the mean over all leads ranks what they say nothing of. That is not the rate of requests: a
-    burst needs one start.
-    """
-    left_s = max(forecast.leads_s[-1] - max(now - forecast.made_at, 0.0), WINDOW_S)
-    near_s = min(NEAR_S, left_s)
-    near, far = (_hazard(forecast, now, lead_s) / lead_s for lead_s in (near_s, left_s))
-    return near + _FAR_SHARE * (far - near)
-
-
-def _hazard(forecast: SeriesForecast, now: float, lead_s: float) -> float:
-    """Integrated over the next lead_s seconds."""
-    return -math.log1p(-min(chance(forecast, now, lead_s), _MAX_P))
-
-
-def quantile_count(forecast: SeriesForecast, lead_s: float, level: float) -> float:
-    """The count within a lead that is not exceeded with probability `level`.
-
-    From the mean and the 90 % quantile as those of a normal distribution; levels are taken as
-    within [0.01, 0.99], beyond which two numbers say nothing of a distribution.
-    """
-    score = _NORMAL.inv_cdf(min(max(level, 0.01), 0.99))
-    mean = at_lead(forecast.leads_s, forecast.mean, lead_s)
-    upper = max(at_lead(forecast.leads_s, forecast.upper, lead_s), mean)
-    return max(mean + score / _UPPER_SCORE * (upper - mean), 0.0)
-
-
-def at_lead(leads_s: Sequence[float], values: Sequence[float], at: float) -> float:
-    """Linear between the leads and from zero at lead 0; at the last slope beyond them."""
-    right = min(bisect.bisect_left(leads_s, at), len(leads_s) - 1)
-    left_s, left = (leads_s[right - 1], values[right - 1]) if right else (0.0, 0.0)
-    return left + (values[right] - left) * (at - left_s) / (leads_s[right] - left_s)

@@ -27,7 +27,7 @@ from flashserve.sim.workload import Workload
 from flashserve.types import ModelId, SeriesForecast
 
 LEADS_S = (60.0, 120.0, 300.0, 600.0, 1200.0, 1800.0, 3600.0)
-CHUNK = 32
+CHUNK = 8
 """Series of one event, so that no event of the controller's is long."""
 DELAY_S = 0.5
 """From the end of a minute to its forecasts."""

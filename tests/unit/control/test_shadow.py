@@ -200,7 +200,8 @@ def test_bounds_and_forecasts_reach_the_policy() -> None:
     world.tell(ForecastReady((forecast,)), 6.0)
     facts = policy.asked[-1][1]
     assert facts.scaling == Scaling(1, 3, 2)
-    assert facts.forecast == forecast
+    assert facts.forecast is not None
+    assert facts.forecast.said == forecast
     assert world.usage(100.0).held_s == pytest.approx(95.0)
 
 

@@ -19,7 +19,7 @@ class Truth:
 
     def pop(self, now: float) -> list[str]:
         popped = []
-        for timer in self.timers.pop_due(now):
+        for timer in self.timers.pop_due(now, 100):
             del self.due[timer.key]
             popped.append(timer.key)
         return popped

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
+from flashserve.policy.hazards import Hazards
 from flashserve.policy.plans import Facts
 from flashserve.types import ModelId, Scaling, SeriesForecast, Tier
 
@@ -29,7 +28,9 @@ def facts(**changes: object) -> Facts:
         has_own_keep_alive=False,
         scaling=Scaling(0, 4),
     )
-    return dataclasses.replace(known, **changes)  # type: ignore[arg-type]
+    if isinstance(said := changes.get("forecast"), SeriesForecast):
+        changes["forecast"] = Hazards(said)
+    return known._replace(**changes)  # type: ignore[arg-type]
 
 
 def forecast(

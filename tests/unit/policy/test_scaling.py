@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tests.unit.policy.facts import LEADS, facts, forecast
 
 from flashserve.policy.cost import Prices
-from flashserve.policy.scaling import Predictive, at_lead, chance, is_sound, quantile_count, rate_of
+from flashserve.policy.hazards import Hazards, at_lead
+from flashserve.policy.scaling import Predictive
 from flashserve.types import ModelId, Scaling, SeriesForecast
 
 # A second of waiting costs as much as a minute of idling: a start of a second balances one window.
@@ -34,7 +35,7 @@ def test_a_model_is_warm_when_a_cold_start_is_expected_to_cost_more_than_idling(
 def test_a_start_ahead_must_also_pay_for_its_own_loading() -> None:
     slow = facts(restart_s=30.0, forecast=forecast(0.024))
     prices = Prices(gpu_per_s=1 / 60, wait_per_s=1.0, slo_miss=0.0)
-    assert Predictive(prices).plan(dataclasses.replace(slow, num_replicas=1), 0.0).replicas == 1
+    assert Predictive(prices).plan(slow._replace(num_replicas=1), 0.0).replicas == 1
     assert Predictive(prices).plan(slow, 0.0).replicas == 0
 
 
@@ -94,18 +95,18 @@ def test_when_forecasts_stop_coming_the_keep_alive_takes_over() -> None:
 
 def test_a_model_s_own_keep_alive_is_kept_and_starts_ahead_come_on_top() -> None:
     own = facts(num_replicas=1, keep_alive_s=900.0, has_own_keep_alive=True)
-    unlikely = policy().plan(dataclasses.replace(own, forecast=forecast(0.001)), 0.0)
+    unlikely = policy().plan(own._replace(forecast=Hazards(forecast(0.001))), 0.0)
     assert (unlikely.replicas, unlikely.keep_idle_s) == (0, 900.0)
-    likely = policy().plan(dataclasses.replace(own, num_replicas=0, forecast=forecast(0.9)), 0.0)
+    likely = policy().plan(own._replace(num_replicas=0, forecast=Hazards(forecast(0.9))), 0.0)
     assert likely.replicas == 1
 
 
 def test_replicas_are_the_larger_of_what_runs_and_what_is_forecast() -> None:
     quiet = facts(num_replicas=1, forecast=forecast(0.99, mean=300.0))  # 20 at once, 8 in each
     assert policy().plan(quiet, 0.0).replicas == 3
-    busy = dataclasses.replace(quiet, in_flight=20, waiting=9)
+    busy = quiet._replace(in_flight=20, waiting=9)
     assert policy().plan(busy, 0.0).replicas == 4
-    aimed = dataclasses.replace(quiet, scaling=Scaling(0, 9, target=4))
+    aimed = quiet._replace(scaling=Scaling(0, 9, target=4))
     assert policy().plan(aimed, 0.0).replicas == 5
 
 
@@ -118,19 +119,19 @@ def test_a_forecast_that_lies_is_bounded_by_the_model_s_bounds() -> None:
 
 
 def test_the_quantile_lies_where_one_too_few_costs_as_much_as_one_too_many() -> None:
-    said = forecast(0.9, mean=100.0, upper=150.0)
-    assert quantile_count(said, 60.0, 0.5) == pytest.approx(100.0)
-    assert quantile_count(said, 60.0, 0.9) == pytest.approx(150.0)
-    assert quantile_count(said, 60.0, 0.01) < 100.0
-    assert quantile_count(said, 60.0, 0.0) >= 0.0
+    said = Hazards(forecast(0.9, mean=100.0, upper=150.0))
+    assert said.count(60.0, 0.5) == pytest.approx(100.0)
+    assert said.count(60.0, 0.9) == pytest.approx(150.0)
+    assert said.count(60.0, 0.01) < 100.0
+    assert said.count(60.0, 0.0) >= 0.0
 
 
 def test_chances_are_read_between_the_leads_and_given_that_nothing_came_so_far() -> None:
-    said = forecast(0.1)
-    assert chance(said, 0.0, 60.0) == pytest.approx(0.1)
-    assert chance(said, 0.0, 90.0) == pytest.approx(1 - 0.9**1.5)
-    assert chance(said, 600.0, 60.0) == pytest.approx(0.1)
-    assert rate_of(said, 0.0) == pytest.approx(-math.log(0.9) / 60)
+    said = Hazards(forecast(0.1))
+    assert said.chance(0.0, 60.0) == pytest.approx(0.1)
+    assert said.chance(0.0, 90.0) == pytest.approx(1 - 0.9**1.5)
+    assert said.chance(600.0, 60.0) == pytest.approx(0.1)
+    assert said.rate(0.0) == pytest.approx(-math.log(0.9) / 60)
 
 
 def test_bytes_are_ranked_by_what_comes_soon_and_by_the_rest_among_equals() -> None:
@@ -151,11 +152,11 @@ def test_bytes_are_ranked_by_what_comes_soon_and_by_the_rest_among_equals() -> N
     lead=st.floats(0.1, 4000),
 )
 def test_a_chance_is_one_whatever_was_forecast(p: list[float], age: float, lead: float) -> None:
-    said = SeriesForecast(ModelId("m"), 0.0, LEADS, tuple(p), (0.0,) * 6, (0.0,) * 6)
-    assert is_sound(said)
-    assert 0 <= chance(said, age, lead) <= 1
-    assert 0 <= chance(said, age, lead) <= chance(said, age, lead * 2) + 1e-12
-    assert rate_of(said, age) >= 0
+    said = Hazards(SeriesForecast(ModelId("m"), 0.0, LEADS, tuple(p), (0.0,) * 6, (0.0,) * 6))
+    assert said.is_sound
+    assert 0 <= said.chance(age, lead) <= 1
+    assert 0 <= said.chance(age, lead) <= said.chance(age, lead * 2) + 1e-12
+    assert said.rate(age) >= 0
 
 
 def test_values_are_read_from_zero_at_lead_zero_and_beyond_the_last_at_its_slope() -> None:

@@ -1,0 +1,112 @@
+"""A forecast as decisions read it: checked once, as hazards, which add up over time."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+
+from flashserve.types import SeriesForecast
+
+_MAX_P = 1 - 1e-9
+_MAX_HAZARD = -math.log1p(-_MAX_P)
+_MIN_LEFT_S = 60.0
+NEAR_S = 120.0
+"""Two forecasts' time: what moves on the first of them is there by the second."""
+_FAR_SHARE = 0.1
+"""Of the rate, from the mean over all leads."""
+_NORMAL = statistics.NormalDist()
+_UPPER_SCORE = _NORMAL.inv_cdf(0.9)
+"""Of the level of SeriesForecast.upper."""
+
+
+class Hazards:
+    """Made of a forecast for next to nothing; checked and computed when it is first read.
+
+    Only `is_sound` may be asked of one that is not sound.
+    """
+
+    __slots__ = ("_by_lead", "_is_sound", "leads_s", "made_at", "said")
+
+    def __init__(self, said: SeriesForecast) -> None:
+        self.said = said
+        self.made_at = said.made_at
+        self.leads_s = said.leads_s
+        self._is_sound: bool | None = None
+        self._by_lead: list[float] = []
+
+    @property
+    def is_sound(self) -> bool:
+        """Leads that ascend, and numbers that a distribution can have."""
+        if self._is_sound is None:
+            self._is_sound = _is_sound(self.said)
+            if self._is_sound:
+                self._by_lead = [hazard(p) for p in self.said.p_arrival]
+        return self._is_sound
+
+    def chance(self, now: float, lead_s: float) -> float:
+        """P(arrival in [now, now + lead_s]), given that nothing came since it was made."""
+        return -math.expm1(-self._between(max(now - self.made_at, 0.0), lead_s))
+
+    def rate(self, now: float) -> float:
+        """Starts to expect per second: the mean hazard of the near future, mostly.
+
+        What is not needed soon can come back before it is, so the next minutes rank it; a small
+        part of the mean over all leads ranks what they say nothing of. That is not the rate of
+        requests: a burst needs one start.
+        """
+        age_s = max(now - self.made_at, 0.0)
+        left_s = max(self.leads_s[-1] - age_s, _MIN_LEFT_S)
+        near_s = min(NEAR_S, left_s)
+        near = min(self._between(age_s, near_s), _MAX_HAZARD) / near_s
+        far = min(self._between(age_s, left_s), _MAX_HAZARD) / left_s
+        return near + _FAR_SHARE * (far - near)
+
+    def count(self, lead_s: float, level: float) -> float:
+        """The number within a lead that is not exceeded with probability `level`.
+
+        From the mean and the 90 % quantile as those of a normal distribution; levels are taken as
+        within [0.01, 0.99], beyond which two numbers say nothing of a distribution.
+        """
+        score = _NORMAL.inv_cdf(min(max(level, 0.01), 0.99))
+        mean = at_lead(self.leads_s, self.said.mean, lead_s)
+        upper = max(at_lead(self.leads_s, self.said.upper, lead_s), mean)
+        return max(mean + score / _UPPER_SCORE * (upper - mean), 0.0)
+
+    def _between(self, age_s: float, lead_s: float) -> float:
+        assert self.is_sound
+        leads_s, by_lead = self.leads_s, self._by_lead
+        return at_lead(leads_s, by_lead, age_s + lead_s) - at_lead(leads_s, by_lead, age_s)
+
+
+def hazard(p: float) -> float:
+    """Of which something comes with the chance p; finite even where that is 1."""
+    return -math.log1p(-min(p, _MAX_P))
+
+
+def at_lead(leads_s: Sequence[float], values: Sequence[float], at: float) -> float:
+    """Linear between the leads and from zero at lead 0; at the last slope beyond them."""
+    right = min(bisect.bisect_left(leads_s, at), len(leads_s) - 1)
+    if not right:
+        return values[0] * at / leads_s[0]
+    left_s, left = leads_s[right - 1], values[right - 1]
+    return left + (values[right] - left) * (at - left_s) / (leads_s[right] - left_s)
+
+
+def _is_sound(said: SeriesForecast) -> bool:
+    num = len(said.leads_s)
+    if not num or not len(said.p_arrival) == len(said.mean) == len(said.upper) == num:
+        return False
+    leads = said.leads_s
+    if not (leads[0] > 0 and all(a < b for a, b in itertools.pairwise(leads))):
+        return False
+    counts = (*said.mean, *said.upper)
+    return (
+        math.isfinite(leads[-1])
+        and math.isfinite(said.made_at)
+        and all(0 <= p <= 1 for p in said.p_arrival)
+        and all(map(math.isfinite, counts))
+        and min(counts) >= 0
+    )
