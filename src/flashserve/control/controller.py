@@ -103,7 +103,7 @@ class Controller:
             commands += slots.fill(state, now)
         if state.unplanned:
             commands += scaling.settle(state, now)
-        if state.short or state.reviewed:
+        if state.short or state.reviewed or state.can_stage:
             commands += scaling.act_ahead(state, now)
         if state.unheld:
             commands += requests.hold_new(state, now)
@@ -161,7 +161,7 @@ class Controller:
             commands += self._act_on(timer, now)
         return commands
 
-    def _act_on(self, timer: Timer, now: float) -> list[Command]:
+    def _act_on(self, timer: Timer, now: float) -> list[Command]:  # noqa: PLR0911 - one per kind
         state = self._state
         match timer.kind:
             case TimerKind.DEADLINE:
@@ -177,6 +177,9 @@ class Controller:
                 model = state.models[ModelId(timer.key)]
                 model.failure = None
                 state.unplanned[model.model_id] = model
+                return []
+            case TimerKind.FILL:
+                state.fill_at = None
                 return []
             case TimerKind.REVIEW:
                 scaling.review_due(state, state.models[ModelId(timer.key)], now)

@@ -25,8 +25,12 @@ from flashserve.types import NodeId
 _NUM_ALL = 16
 """With more nodes than that, the likeliest ones are compared and not all."""
 _NUM_LIKELY = 6
+_NUM_SEEN = 256
+"""Likely nodes looked at until so many suit. Who waits because none of them did claims room."""
 _NUM_MISSES = 8
 """After so many models that fit nowhere, the rest of the line waits for the next event."""
+_NUM_TURNS = 32
+"""Of so many first in line the turn comes in one event; that of the others in a Tick at once."""
 _NUM_BUSY = 64
 """Replicas, busy longest first, among whose nodes a claim is looked for."""
 _MIN_PATIENCE_S = 1.0
@@ -39,9 +43,9 @@ def fill(state: State, now: float) -> list[Command]:
         return commands
     taken: set[NodeId] = set()
     num_misses = 0
-    for model in list(state.line.models.values()):
+    for model in list(islice(state.line.models.values(), _NUM_TURNS)):
         if num_misses == _NUM_MISSES:
-            break
+            return commands
         if model.model_id not in state.line.models:  # a release gave it its old replica back
             continue
         if started := _start(state, model, taken, now):
@@ -51,6 +55,8 @@ def fill(state: State, now: float) -> list[Command]:
             num_misses += 1
             if model.claim is not None:
                 taken.add(model.claim)
+    if len(state.line.models) > num_misses:
+        state.fill_on(now)
     return commands
 
 
@@ -82,7 +88,8 @@ def candidates(
 
     if len(state.nodes) <= _NUM_ALL:
         return list(filter(suits, state.nodes.values()))
-    return list(islice(filter(suits, _likely(state, model)), _NUM_LIKELY))
+    seen = islice(_likely(state, model), _NUM_SEEN)
+    return list(islice(filter(suits, seen), _NUM_LIKELY))
 
 
 def _likely(state: State, model: Model) -> Iterator[Node]:

@@ -71,6 +71,8 @@ class State:
         self._sequences = collections.Counter[int]()
         """Nodes by bytes of DRAM and by sequences of a replica; most are alike."""
         self.num_running = 0
+        self.fill_at: float | None = None
+        """When the turn of those comes who are farther behind in line; see slots.py."""
         self.is_draining = False
         self._num_started = 0
         self._num_arrived = 0
@@ -229,6 +231,11 @@ class State:
         if replica.is_kept != is_kept:
             replica.is_kept = is_kept
             self._reindex(replica)
+
+    def fill_on(self, now: float) -> None:
+        """The turn of models farther behind in line comes at once, in another event."""
+        self.fill_at = now
+        self.timers.schedule(Timer(TimerKind.FILL, ""), now)
 
     def watch_keep_alive(self, replica: Replica) -> None:
         due = self._keep_alive_ends(replica)
@@ -403,6 +410,8 @@ class State:
         if kind is TimerKind.PATIENCE:
             model = self.line.models.get(model_id)
             return model.patience_at if model else None
+        if kind is TimerKind.FILL:
+            return self.fill_at
         if kind is TimerKind.RETRY:
             model = self.line.shunning.get(model_id)
             return model.retry_at if model else None

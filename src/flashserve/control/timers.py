@@ -17,6 +17,9 @@ class TimerKind(enum.IntEnum):
     RETRY = 3
     BACKOFF = 4
     REVIEW = 5
+    FILL = 6
+
+    __hash__ = int.__hash__  # that of enumerations is a function in Python, and asked often
 
 
 class Timer(NamedTuple):

@@ -13,7 +13,7 @@ from flashserve.types import SeriesForecast
 _MAX_P = 1 - 1e-9
 _MAX_HAZARD = -math.log1p(-_MAX_P)
 _MIN_LEFT_S = 60.0
-NEAR_S = 120.0
+_NEAR_S = 120.0
 """Two forecasts' time: what moves on the first of them is there by the second."""
 _FAR_SHARE = 0.1
 """Of the rate, from the mean over all leads."""
@@ -59,7 +59,7 @@ class Hazards:
         """
         age_s = max(now - self.made_at, 0.0)
         left_s = max(self.leads_s[-1] - age_s, _MIN_LEFT_S)
-        near_s = min(NEAR_S, left_s)
+        near_s = min(_NEAR_S, left_s)
         near = min(self._between(age_s, near_s), _MAX_HAZARD) / near_s
         far = min(self._between(age_s, left_s), _MAX_HAZARD) / left_s
         return near + _FAR_SHARE * (far - near)

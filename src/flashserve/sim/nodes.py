@@ -365,8 +365,7 @@ class ModelledNode:
             self._ledger.hold(replica.account, Tier.DEVICE, -1)
 
     def _free(self, replica: ModelledReplica, now: float) -> None:
-        self._unuse(replica, now)
-        claim = replica.claim
+        claim = self._let_go(replica, now)
         if claim is None or claim.worker is None:
             if claim is not None:
                 self._workers.withdraw(claim)
@@ -375,9 +374,15 @@ class ModelledNode:
             self._workers.fall_asleep(claim.worker, replica.model.model_id, replica.model.source)
         self._workers.release(claim.worker, now)
 
-    def _replace_worker(self, replica: ModelledReplica, now: float) -> None:
+    def _let_go(self, replica: ModelledReplica, now: float) -> Claim | None:
+        """Its claim. Nothing refers back to it any more, so that no collector need find it."""
         self._unuse(replica, now)
         claim = replica.claim
+        replica.claim = replica.move = replica.wake = None
+        return claim
+
+    def _replace_worker(self, replica: ModelledReplica, now: float) -> None:
+        claim = self._let_go(replica, now)
         if claim is None or claim.worker is None:
             if claim is not None:
                 self._workers.withdraw(claim)

@@ -26,6 +26,7 @@ from flashserve.types import (
     Tier,
 )
 
+_MAX_TICKS = 50
 PHASES = Phases(place_s=0.01, dram_s=0.5, device_s=0.1, init_s=0.2)
 
 
@@ -256,11 +257,15 @@ class Fleet:
         return caused
 
     def tick(self, now: float) -> list[commands.Command]:
+        """As many as there is something to do for at that time."""
         self.now = max(self.now, now)
-        caused = self.tell(events.Tick())
-        wakeup = self.controller.next_wakeup()
-        assert wakeup is None or wakeup > self.now, "a wakeup in the past: a busy loop"
-        return caused
+        caused: list[commands.Command] = []
+        for _ in range(_MAX_TICKS):
+            caused += self.tell(events.Tick())
+            wakeup = self.controller.next_wakeup()
+            if wakeup is None or wakeup > self.now:
+                return caused
+        raise AssertionError("a wakeup in the past: a busy loop")
 
     def _find(self, replica_id: ReplicaId) -> tuple[FakeNode, ModelSpec]:
         fake = next(f for f in self.nodes.values() if replica_id in f.replicas)

@@ -240,4 +240,5 @@ def test_with_room_for_all_the_shadow_of_the_same_policy_takes_what_the_server_t
     assert other.requests == real.requests
     # Starts of three models are estimated until the first was seen; a request may fall between.
     assert other.held_s == pytest.approx(real.held_s, rel=0.05, abs=10.0)
-    assert abs(other.cold - real.cold) <= 3
+    # Where nothing is kept, many a request comes just before or after another one's end.
+    assert abs(other.cold - real.cold) <= 3 + 0.1 * real.cold

@@ -17,9 +17,9 @@ class Truth:
         self.due[key] = when
         self.timers.schedule(Timer(TimerKind.KEEP_ALIVE, key), when)
 
-    def pop(self, now: float) -> list[str]:
+    def pop(self, now: float, limit: int = 100) -> list[str]:
         popped = []
-        for timer in self.timers.pop_due(now, 100):
+        for timer in self.timers.pop_due(now, limit):
             del self.due[timer.key]
             popped.append(timer.key)
         return popped
@@ -32,6 +32,15 @@ def test_the_earliest_comes_first() -> None:
     assert truth.timers.next_due() == 1.0
     assert truth.pop(2.0) == ["a", "b"]
     assert truth.timers.next_due() is None
+
+
+def test_what_is_left_of_many_is_due_still() -> None:
+    truth = Truth()
+    for name in "abc":
+        truth.set(name, 1.0)
+    assert truth.pop(1.0, limit=2) == ["a", "b"]
+    assert truth.timers.next_due() == 1.0
+    assert truth.pop(1.0, limit=2) == ["c"]
 
 
 def test_what_matters_no_more_is_dropped() -> None:

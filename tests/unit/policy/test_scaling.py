@@ -88,6 +88,12 @@ def test_after_new_requests_the_gaps_between_them_decide_until_the_next_forecast
     assert "a start costs as much as 60 s idle" in stopped.reason
 
 
+def test_while_a_forecast_is_late_nobody_asks_again_before_it_is_trusted_no_more() -> None:
+    known = facts(num_replicas=1, last_arrival_at=30.0, forecast=forecast(0.0001))
+    assert policy().plan(known, now=79.0).review_at == 80.0
+    assert policy().plan(known, now=80.0).review_at == 140.0
+
+
 def test_when_forecasts_stop_coming_the_keep_alive_takes_over() -> None:
     known = facts(num_replicas=1, last_arrival_at=30.0, forecast=forecast(0.0001))
     assert policy().plan(known, now=150.0).reason == "no forecast: keep-alive 300 s"
@@ -137,7 +143,8 @@ def test_chances_are_read_between_the_leads_and_given_that_nothing_came_so_far()
 def test_bytes_are_ranked_by_what_comes_soon_and_by_the_rest_among_equals() -> None:
     def said(*chances: float) -> float:
         series = ModelId("m")
-        return rate_of(SeriesForecast(series, 0.0, LEADS, chances, (0.0,) * 6, (0.0,) * 6), 0.0)
+        counts = (0.0,) * 6
+        return Hazards(SeriesForecast(series, 0.0, LEADS, chances, counts, counts)).rate(0.0)
 
     soon = said(0.5, 0.9, 0.9, 0.9, 0.9, 0.9)
     later = said(0.0, 0.0, 0.5, 0.99, 0.999, 0.999)
