@@ -10,7 +10,8 @@ same minutes of two folders, all series of each.
 
 Idle ratios compare idle minutes with the best of fixed keep-alives (1 to 720 minutes) and hybrid
 histograms (18 settings) at the share of cold starts that the threshold, fixed before, came to; the
-peers' frontiers are those of the reported time, which favours them. Costs use the threshold that
+peers' frontiers are those of the reported time, which favours them; where none of them is as
+seldom cold, there is no ratio. Costs use the threshold that
 theory gives, and compare with a keep-alive of as many minutes as a cold start costs;
 `servegen_cost` is the worst of these. Log losses compare with the EWMA whose half-life is best on
 the reported time.

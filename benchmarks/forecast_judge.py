@@ -107,7 +107,7 @@ class Judge:
                 decisions.idle_at(peer.cold_share(weights), peer.idle_minutes(weights), share)
                 for peer in (self._peers.keep_alives, self._peers.histograms)
             )
-            return float(ours.idle_minutes(weights)) / best if best else float("nan")
+            return decisions.idle_over(float(ours.idle_minutes(weights)), best)
 
         return ratio
 

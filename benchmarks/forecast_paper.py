@@ -191,15 +191,16 @@ def decompositions(found: Traces, at_most: int, resamples: int) -> Iterator[Meas
     The last one is of all.
     """
     every: list[tuple[Floats, Floats]] = []
-    sparse = [(source, found.sparse) for source in SPARSE]
-    for source, choose in sparse + [(source, found.busy) for source in ALWAYS_BUSY]:
+    sparse = [(source, source.name, found.sparse) for source in SPARSE]
+    busy = [(source, f"{source.name}, busy", found.busy) for source in ALWAYS_BUSY]
+    for source, label, choose in sparse + busy:
         parts = choose(source, 0)
         if parts is None or parts.future.history.counts.shape[1] < 3 * DAY:
             continue
-        say(f"decomposition beside Prophet on {source.name}")
+        say(f"decomposition beside Prophet on {label}")
         errors = daily_errors(parts.future, at_most)
         every.append(errors)
-        yield from _mae(source.name, *errors, resamples)
+        yield from _mae(label, *errors, resamples)
     if every:
         ours, theirs = (np.concatenate([pair[side] for pair in every]) for side in (0, 1))
         yield from _mae(ALL, ours, theirs, resamples)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -48,13 +49,22 @@ def backtest(
         except OSError as error:
             raise InputError(f"cannot write {html}: {error.strerror}") from None
     if as_json:
-        console.print_json(dataclasses.asdict(ran.summary))
+        console.print_json(_without_nan(dataclasses.asdict(ran.summary)))
         return
     _print(ran.summary, html)
 
 
+def _without_nan(value: Any) -> Any:
+    """JSON knows no NaN: a figure that there is not is null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 _DECISIONS_MEAN = (
-    "idle_ratio: to the idle time of the fixed keep-alive that is cold as often",
+    "idle_ratio: to the idle time of the fixed keep-alive that is cold as often, - if none is",
     "cost_N: where a cold start costs N idle minutes, to a keep-alive of N minutes",
     "",
 )

@@ -194,11 +194,12 @@ def frontier(forecasts: Forecasts, parts: Split) -> Outcome:
 def idle_ratio(ours: Outcome, theirs: Outcome, weights: Floats) -> float:
     """Idle minutes of one policy, against the frontier of others at its share of cold starts.
 
-    ours: cold and idle [series]; theirs: [policies, series].
+    ours: cold and idle [series]; theirs: [policies, series]. NaN where there is nothing to compare
+    with: none of them is as seldom cold, or the best is never idle.
     """
     share = float(ours.cold_share(weights))
     reference = decisions.idle_at(theirs.cold_share(weights), theirs.idle_minutes(weights), share)
-    return float(ours.idle_minutes(weights)) / reference if reference else float("nan")
+    return decisions.idle_over(float(ours.idle_minutes(weights)), reference)
 
 
 def losses(forecasts: Forecasts, parts: Split, leads: Sequence[int] = LEADS) -> Floats:

@@ -144,6 +144,11 @@ def idle_at(cold_shares: Floats, idle_minutes: Floats, at: float) -> float:
     return float(np.interp(at, shares, minutes))
 
 
+def idle_over(ours: float, reference: float) -> float:
+    """The ratio of idle minutes; NaN where the reference is infinite (`idle_at`) or nothing."""
+    return ours / reference if 0 < reference < float("inf") else float("nan")
+
+
 def lower_hull(shares: Floats, minutes: Floats) -> tuple[Floats, Floats]:
     """The corners of the frontier: shares ascending, minutes descending and convex."""
     order = np.lexsort((minutes, shares))

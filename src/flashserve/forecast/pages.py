@@ -24,7 +24,7 @@ svg { max-width: 100%; height: auto; }
 
 _TABLE = """<table><tr>{% for cell in head %}<th>{{ cell }}</th>{% endfor %}</tr>
 {% for row in rows %}<tr>{% for cell in row %}<td
-{%- if loop.index0 in ratios and cell and cell | float <= 0.95 %} class="better"{% endif -%}
+{%- if loop.index0 in ratios and cell and cell | float(1) <= 0.95 %} class="better"{% endif -%}
 >{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>"""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from flashserve.forecast import pages, plots
 from flashserve.forecast.summary import Ran, Row
 
@@ -58,11 +60,15 @@ def in_short(rows: list[Row]) -> str:
     best = next(row for row in rows if row.name == best_model(rows))
     aim, decided = next(iter(best.at.items()))
     idle, cost = decided.idle_ratio, best.cost["30"]
+    idle_said = (
+        "as seldom as with no fixed keep-alive"
+        if math.isnan(idle)
+        else f"with {_against(idle, 'the idle time')} of the fixed keep-alive that is cold as often"
+    )
     return (
         f"{best.name} forecasts best. Where {float(aim):.0%} cold starts were aimed at, "
-        f"{decided.cold_share:.1%} were cold, with {_against(idle, 'the idle time')} of the fixed "
-        f"keep-alive that is cold as often. Where a cold start costs 30 idle minutes, it takes "
-        f"{_against(cost, 'the cost')} of a keep-alive of 30 minutes."
+        f"{decided.cold_share:.1%} were cold, {idle_said}. Where a cold start costs 30 idle "
+        f"minutes, it takes {_against(cost, 'the cost')} of a keep-alive of 30 minutes."
     )
 
 
@@ -109,7 +115,8 @@ def decision_rows(rows: list[Row]) -> list[list[str]]:
         costs = [f"{ratio:.2f}" for ratio in row.cost.values()]
         for number, (aim, decided) in enumerate(row.at.items()):
             shown = "-" if aim == "own" else f"{float(aim):.0%}"
-            figures = [shown, f"{decided.cold_share:.1%}", f"{decided.idle_ratio:.2f}"]
+            idle = "-" if math.isnan(decided.idle_ratio) else f"{decided.idle_ratio:.2f}"
+            figures = [shown, f"{decided.cold_share:.1%}", idle]
             # The costs are those of thresholds of their own: said once.
             lines.append([row.name, *figures, *(costs if number == 0 else [""] * len(costs))])
     return lines

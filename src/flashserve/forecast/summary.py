@@ -21,7 +21,8 @@ Progress = Callable[[str, int, int], None]
 class Decided:
     """One way to decide: share of cold starts, idle minutes, and those over a keep-alive's.
 
-    idle_ratio: to the fixed keep-alive with the same share of cold starts on the reported time.
+    idle_ratio: to the fixed keep-alive with the same share of cold starts on the reported time;
+    NaN where none is as seldom cold.
     """
 
     cold_share: float

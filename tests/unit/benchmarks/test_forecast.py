@@ -157,6 +157,18 @@ def test_the_decomposition_is_judged_on_the_same_day_as_prophet() -> None:
     assert (np.concatenate([ours, theirs]) < 0.3).all()
 
 
+def test_busy_series_and_those_that_come_and_go_have_lines_of_their_own(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("prophet")
+    counts = np.zeros((24, 4 * 1440))
+    counts[:12, ::5] = 1
+    counts[12:] = 2
+    folder = folder_with(tmp_path, counts)
+    found = Traces(Folders(folder, folder), quick=False)
+    names = {each.trace for each in paper.decompositions(found, 1, 2)}
+    assert names == {"azure", "azure, busy", paper.ALL}
+
+
 def test_the_drawn_series_are_fitted_on_their_own_past() -> None:
     parts = backtest.split(synthetic.clients(30, 600, seed=1).trace)
     few = paper.drawn(parts, at_most=4)

@@ -19,7 +19,8 @@ def invoke(*arguments: str) -> str:
 
 def test_a_published_trace_gives_figures_for_scripts(tmp_path: Path) -> None:
     path = day_of_functions(tmp_path / "day.csv")
-    found = json.loads(invoke("--trace", str(path), "--models", "ewma-15,hazard", "--json"))
+    shown = invoke("--trace", str(path), "--models", "ewma-15,hazard", "--json")
+    found = json.loads(shown, parse_constant=pytest.fail)  # NaN is not JSON
     assert found["num_fitted"] + found["num_reported"] == 24
     assert (found["fitted_minutes"], found["reported_minutes"]) == (960, 480)
     rows = {row["name"]: row for row in found["rows"]}

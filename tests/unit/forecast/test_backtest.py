@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -104,6 +105,13 @@ def test_half_the_idle_minutes_at_one_share_is_a_ratio_of_a_half() -> None:
     theirs = Outcome(active, np.array([[0.0], [2.0]]), np.array([[100.0], [20.0]]))
     ours = Outcome(active, np.array([1.0]), np.array([30.0]))
     assert backtest.idle_ratio(ours, theirs, np.ones(1)) == pytest.approx(0.5)
+
+
+def test_where_no_keep_alive_is_as_seldom_cold_there_is_no_ratio() -> None:
+    active = np.array([10.0])
+    theirs = Outcome(active, np.array([[1.0], [2.0]]), np.array([[100.0], [20.0]]))
+    ours = Outcome(active, np.array([0.5]), np.array([5000.0]))
+    assert math.isnan(backtest.idle_ratio(ours, theirs, np.ones(1)))
 
 
 def test_log_losses_leave_out_what_is_not_known() -> None:
