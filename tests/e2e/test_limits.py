@@ -95,13 +95,17 @@ def test_a_model_that_disappears_fails_its_requests_and_nobody_elses(
 
 def test_ctrl_c_of_run_aborts_the_generation(tight_server: Server) -> None:
     command = [sys.executable, "-m", "flashserve.cli.main", "run", MODEL, QUESTION]
-    with subprocess.Popen(
+    # Jobs in the background of a script ignore the signal, and who they start would as well.
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(
         [*command, "--max-tokens", "4000", "--temperature", "1"],
         env=tight_server.env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    ) as process:
+    )
+    signal.signal(signal.SIGINT, heard)
+    with process:
         assert process.stdout is not None
         assert process.stdout.read(1)
         process.send_signal(signal.SIGINT)
