@@ -53,7 +53,6 @@ import numpy as np
 import common
 from flashserve.forecast import decisions
 from flashserve.forecast.core import Floats
-from flashserve.sim.scenario import FORECASTER
 from forecast_traces import folders_of
 from policyruns import SMALL_NODE, Case, Outcome, Sources, Task, interval, pooled, run
 
@@ -64,11 +63,13 @@ BUSY = Case("busy", 1, 32, 30_000, adapters_per_model=100, compression=24.0, max
 SEEDS = {"node": (0, 1, 2, 3), "cluster": (0,), "scarce": (0,), "busy": (0,)}
 KEEP_ALIVES = (1, 10, 30, 60, 120, 300, 600, 1800, 7200)
 SERVERLESSLLM = (1, 10)
-SCARCE_SERVERLESSLLM = (1, 3)
+SCARCE_SERVERLESSLLM = (1, 3, 10)
 FACTORS = (0.3, 1.0, 3.0, 10.0, 30.0)
 SCARCE_FACTOR = 1.0
 OTHERS = ("histogram", "reactive", "oracle")
 OURS = "flashserve"
+FORECASTER = "auto"
+"""As on a server; on the fit half it is idle less than `hazard`, at equal shares of cold starts."""
 ABLATIONS = ("forecast", "tiers", "grouping", "affinity")
 AIMS = {
     "idle_saving_vs_keepalive": ("fraction", "higher", 0.50),
@@ -294,7 +295,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one seed")
     parser.add_argument("--json", metavar="FILE", help="write the report there")
     parser.add_argument("--live", action="store_true", help="compare with the real server instead")
-    parser.add_argument("--forecaster", default=FORECASTER)
+    parser.add_argument("--forecaster", default=FORECASTER, help="any that backtest knows")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
     for option in ("--traces", "--fit-traces", "--test-traces"):
         parser.add_argument(option, metavar="DIR", type=pathlib.Path)
