@@ -59,6 +59,10 @@ def simulate(
             show_default=False,
         ),
     ] = None,
+    forecaster: Annotated[
+        str,
+        typer.Option(help="As of `backtest`; `auto`, as on a server, takes minutes to fit."),
+    ] = "hazard",
     html: Annotated[
         Path | None,
         typer.Option(help="Also write a page with drawings and reasons there.", show_default=False),
@@ -75,7 +79,9 @@ def simulate(
     trial.check_names(names)  # what is wrong is said before the reading
     if html is not None and not html.absolute().parent.is_dir():
         raise InputError(f"cannot write {html}: its directory does not exist")
-    wanted = scenario.Wanted(trace, fit_trace, profile, nodes, models, requests, hours, seed)
+    wanted = scenario.Wanted(
+        trace, fit_trace, profile, nodes, models, requests, hours, seed, forecaster
+    )
     with console.counting("simulate") as progress:
         made = scenario.make(wanted, names, progress)
         ran = list(_run(made, names, progress))

@@ -10,7 +10,6 @@ from pathlib import Path
 from flashserve.config import load_settings
 from flashserve.errors import InputError
 from flashserve.forecast import backtest, registry, synthetic
-from flashserve.forecast.core import ArrivalModel
 from flashserve.forecast.traces import DAY, Trace, read_trace
 from flashserve.policy.cost import Prices
 from flashserve.sim.forecasts import forecast_events
@@ -21,6 +20,7 @@ from flashserve.sim.trial import PREDICTIVE, Trial
 from flashserve.sim.workload import Workload, WorkloadSettings, make_workload
 
 FORECASTER = "hazard"
+"""Fitted in a second; a server's `auto` takes minutes, and is idle less."""
 _NUM_SYNTHETIC = 400
 _MAX_NODES = 10_000
 _FEWEST_SERIES = 8
@@ -41,6 +41,7 @@ class Wanted:
     num_requests: int | None = None
     hours: float | None = None
     seed: int = 0
+    forecaster: str = FORECASTER
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,9 +54,10 @@ def make(wanted: Wanted, names: Sequence[str], progress: Progress) -> Scenario:
     """Read, fit and draw everything that the policies of these names need.
 
     Raises:
-        InputError: a file, profile or number is not usable; says which.
+        InputError: a file, profile, forecaster or number is not usable; says which.
     """
     profile = load_profile(wanted.profile)
+    [model] = registry.make_models([wanted.forecaster], wanted.seed)
     if wanted.num_nodes > _MAX_NODES:
         raise InputError(f"--nodes {wanted.num_nodes} is more than {_MAX_NODES}")
     if wanted.hours is not None and not (wanted.hours > 0 and math.isfinite(wanted.hours)):
@@ -72,17 +74,11 @@ def make(wanted: Wanted, names: Sequence[str], progress: Progress) -> Scenario:
     about = About(replayed.name, _described(workload, cluster, wanted))
     if PREDICTIVE in names:
         progress("fitting", 0, 1)
-        model = _fitted(fitted, wanted.seed)
+        model.fit(fitted.history, fitted.weights)
         trial = dataclasses.replace(trial, forecasts=lambda: forecast_events(model, workload))
-        text = f"{about.text} Forecasts are by {FORECASTER}, fitted on {basis}."
+        text = f"{about.text} Forecasts are by {wanted.forecaster}, fitted on {basis}."
         about = dataclasses.replace(about, text=text)
     return Scenario(trial, about)
-
-
-def _fitted(trace: Trace, seed: int) -> ArrivalModel:
-    [model] = registry.make_models([FORECASTER], seed)
-    model.fit(trace.history, trace.weights)
-    return model
 
 
 def _traces(wanted: Wanted) -> tuple[Trace, Trace, str]:

@@ -64,11 +64,19 @@ def test_a_forecaster_may_be_fitted_on_another_trace(tmp_path: Path) -> None:
     assert "fitted on day.csv" in invoke("--trace", str(trace), *SMALL, *arguments)
 
 
+def test_any_forecaster_may_speak() -> None:
+    arguments = ("--policy", "flashserve", "--forecaster", "ewma-15")
+    assert "Forecasts are by ewma-15, fitted on other synthetic functions" in invoke(
+        *SMALL, *arguments
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
         (["--policy", "psychic"], "no policy is named 'psychic'; there are flashserve"),
         (["--policy", "oracle,oracle"], "the policy oracle is named twice"),
+        (["--forecaster", "crystal-ball"], "no forecaster is named crystal-ball; there are"),
         (["--profile", "abacus"], "no profile abacus: name one of this, 8xh100"),
         (["--html", "/nowhere/page.html"], "its directory does not exist"),
         (["--trace", "{trace}"], "line 2: 5 fields instead of 1444"),
