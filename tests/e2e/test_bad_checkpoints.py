@@ -64,7 +64,7 @@ def test_a_taken_name_is_refused_and_can_be_replaced(
     server.succeed("deploy", MODEL, str(other), "--replace")
     assert server.model()["source"] == str(other)
     assert "Paris" in server.ask(max_tokens=8)
-    server.succeed("deploy", MODEL, str(checkpoint), "--replace")
+    server.succeed("deploy", MODEL, str(checkpoint), "--replace", "--keep-alive", "300")
 
 
 def error_line(stderr: str) -> str:
