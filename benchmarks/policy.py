@@ -138,7 +138,7 @@ class Compared:
 
         Of those that give up no larger share of the requests; without any, of all.
         """
-        given_up = ours.share("rejected", np.ones(len(ours.requests)))
+        given_up = _given_up(ours)
         found = [each for each in self.serverless if _given_up(each) <= given_up]
         best = min(each.percentile(99, weights) for each in found or self.serverless)
         return best / ours.percentile(99, weights)

@@ -102,14 +102,14 @@ class Outcome:
     ttft: npt.NDArray[np.float32]
 
     def cold_share(self, weights: Floats) -> float:
-        return float(self.cold @ weights) / max(float(self.requests @ weights), 1.0)
+        return self.share("cold", weights)
 
     def share(self, field: str, weights: Floats) -> float:
         """Of requests: those of a field that counts them."""
         return float(getattr(self, field) @ weights) / max(float(self.requests @ weights), 1.0)
 
     def share_under_1s(self, weights: Floats) -> float:
-        return float(self.under_1s @ weights) / max(float(self.requests @ weights), 1.0)
+        return self.share("under_1s", weights)
 
     def percentile(self, percent: float, weights: Floats) -> float:
         """Seconds that so many percent of the requests do not exceed, within 2 %."""

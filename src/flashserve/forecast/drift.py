@@ -68,18 +68,18 @@ class DriftWatch:
 
         plain: indices of those to fall back to, which are never set aside.
         """
+        is_plain, has_plain_bound = np.isin(chosen, plain), np.isin(bounding, plain)
         reference = self._losses[plain].min(axis=0)
         behind = self._losses[chosen, np.arange(len(chosen))] - reference
-        is_behind = behind > np.maximum(_BEHIND, _BEHIND_SHARE * reference)
+        is_behind = ~is_plain & (behind > np.maximum(_BEHIND, _BEHIND_SHARE * reference))
         is_far_ahead = behind < -_BEHIND
-        is_behind &= ~np.isin(chosen, plain)
         leaves, stays = self._coverage()
-        leaves &= ~is_far_ahead & ~np.isin(bounding, plain)
+        leaves &= ~is_far_ahead & ~has_plain_bound
         sign = np.where(is_behind, SCORE, np.where(leaves, COVERAGE, HOLDS))
         is_back = (behind <= 0) & (stays | is_far_ahead)
         kept = np.where(is_back, HOLDS, self.sign)
-        kept = np.where(np.isin(chosen, plain) & (kept == SCORE), HOLDS, kept)
-        kept = np.where(np.isin(bounding, plain) & (kept == COVERAGE), HOLDS, kept)
+        kept = np.where(is_plain & (kept == SCORE), HOLDS, kept)
+        kept = np.where(has_plain_bound & (kept == COVERAGE), HOLDS, kept)
         self.sign = np.where(sign != HOLDS, sign, kept).astype(np.int8)
 
     def _coverage(self) -> tuple[Bools, Bools]:

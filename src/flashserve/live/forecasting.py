@@ -39,14 +39,12 @@ from flashserve.live.prefetching import HORIZON_S, Prefetcher
 from flashserve.live.replay import first_minute, replay
 from flashserve.live.runtime import Runtime
 from flashserve.live.trainer import Trainer, TrainingReport
-from flashserve.messages.events import ForecastReady
+from flashserve.messages.events import FORECASTS_PER_EVENT, ForecastReady
 from flashserve.types import ModelId, SeriesForecast
 
 LEADS_S = tuple(60.0 * lead for lead in GRID)
 _AFTER_S = 0.5
 """A minute is told so long after its end."""
-_EVENT_SERIES = 8
-"""So that no event of the controller's is long: each may be one more plan."""
 _REFRESH_MINUTES = 10
 """A forecast that does not change is told again, so that it is not taken for one that is late."""
 _SAVE_MINUTES = 5
@@ -170,8 +168,8 @@ class Forecasting:
         telemetry.observe_forecast_tick(time.perf_counter() - began)
         # Unix time to the controller's: both clocks were read at one moment.
         made_at = at - (now - forecaster.made_at)
-        for first in range(0, len(told), _EVENT_SERIES):
-            piece = told[first : first + _EVENT_SERIES]
+        for first in range(0, len(told), FORECASTS_PER_EVENT):
+            piece = told[first : first + FORECASTS_PER_EVENT]
             await self._runtime.apply(
                 ForecastReady(tuple(dataclasses.replace(each, made_at=made_at) for each in piece))
             )

@@ -154,9 +154,13 @@ class Evicted:
     tier: Tier
 
 
+FORECASTS_PER_EVENT = 8
+"""So that no event of the controller's is long: each may be one more plan."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ForecastReady:
-    """Forecasts of some series, each newer than the last one of the same series."""
+    """Forecasts of a few series, each newer than the last one of the same series."""
 
     forecasts: tuple[SeriesForecast, ...]
 

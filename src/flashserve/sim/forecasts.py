@@ -22,13 +22,11 @@ import numpy as np
 from flashserve.errors import InputError, UnavailableError
 from flashserve.forecast.core import ArrivalModel, FollowingModel, History
 from flashserve.forecast.forecaster import Forecaster
-from flashserve.messages.events import Event, ForecastReady
+from flashserve.messages.events import FORECASTS_PER_EVENT, Event, ForecastReady
 from flashserve.sim.workload import Workload
 from flashserve.types import ModelId, SeriesForecast
 
 LEADS_S = (60.0, 120.0, 300.0, 600.0, 1200.0, 1800.0, 3600.0)
-CHUNK = 8
-"""Series of one event, so that no event of the controller's is long."""
 DELAY_S = 0.5
 """From the end of a minute to its forecasts."""
 _MINUTE_S = 60.0
@@ -45,7 +43,7 @@ def forecast_events(
     *,
     past: History | None = None,
     leads_s: Sequence[float] = LEADS_S,
-    chunk: int = CHUNK,
+    chunk: int = FORECASTS_PER_EVENT,
 ) -> Iterator[Timed]:
     """ForecastReady events at the end of each simulated minute, in order.
 
@@ -69,7 +67,7 @@ def forecasts_apart(
     *,
     past: History | None = None,
     leads_s: Sequence[float] = LEADS_S,
-    chunk: int = CHUNK,
+    chunk: int = FORECASTS_PER_EVENT,
 ) -> Iterator[Timed]:
     """The same events as `forecast_events`, made in a process beside this one, ahead of it.
 
@@ -131,7 +129,7 @@ def broken_forecasts(
     *,
     healthy: Iterable[Timed] = (),
     from_s: float = 0.0,
-    chunk: int = CHUNK,
+    chunk: int = FORECASTS_PER_EVENT,
 ) -> Iterator[Timed]:
     """The events of `healthy` until from_s; from then on the same lie about every model."""
     for at, event in healthy:

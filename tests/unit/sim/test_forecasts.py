@@ -11,11 +11,10 @@ from flashserve.errors import InputError
 from flashserve.forecast import synthetic
 from flashserve.forecast.core import History
 from flashserve.forecast.hazard import HazardModel
-from flashserve.messages.events import ForecastReady
+from flashserve.messages.events import FORECASTS_PER_EVENT, ForecastReady
 from flashserve.policy.cost import Prices
 from flashserve.policy.registry import make_policy
 from flashserve.sim.forecasts import (
-    CHUNK,
     Fault,
     broken_forecasts,
     forecast_events,
@@ -105,5 +104,5 @@ def test_a_forecaster_that_dies_says_nothing_more(workload: Workload, model: Haz
 def test_a_liar_speaks_of_every_model_in_every_minute(workload: Workload) -> None:
     names = [spec.model_id for spec in workload.models]
     events = list(broken_forecasts(Fault.NAN, names, 600.0, from_s=120.0))
-    assert len(events) == 8 * math.ceil(len(names) / CHUNK)
+    assert len(events) == 8 * math.ceil(len(names) / FORECASTS_PER_EVENT)
     assert all(isinstance(event, ForecastReady) for _, event in events)
