@@ -181,7 +181,7 @@ def act_ahead(state: State, now: float) -> list[Command]:
     if state.can_stage:
         state.can_stage = False
         commands += staging.stage_ahead(state, now)
-    return commands
+    return commands + settle(state, now)  # bytes may have taken an idle replica's place
 
 
 def _start_short(state: State, now: float) -> list[Command]:

@@ -340,6 +340,29 @@ def _left_by_minimum(known: Node) -> int:
     return known.capacity_bytes - sum(known.resident[name].num_bytes for name in kept)
 
 
+def test_a_model_whose_replica_gave_way_to_bytes_is_planned_in_the_same_event() -> None:
+    machine = Anything()
+    machine.begin(
+        patience=0.0,
+        backoff=0.0,
+        queue_limit=3,
+        deadline=5.0,
+        keep_alive=0.0,
+        policy="liar",
+        max_replicas=1,
+    )
+    machine.pass_time(seconds=1.0)
+    machine.pass_time(seconds=7.0)
+    machine.answer_all()
+    machine.forecast(name=ModelId("a"), p=0.0, count=0.0, age=0.0)
+    machine.delete(name=ModelId("a"))
+    machine.report_nonsense(name="n1", model_id="c", number=-1, seconds=float("nan"))
+    for _ in range(2):
+        machine.wake()
+        machine.accounts_are_true()
+    machine.teardown()
+
+
 TestAnything = Anything.TestCase
 TestAnything.settings = settings(
     max_examples=150,
