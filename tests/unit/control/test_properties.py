@@ -20,7 +20,7 @@ from flashserve.policy.cost import Prices, extent_bytes
 from flashserve.policy.histogram import HybridHistogram
 from flashserve.policy.plans import Facts, Plan, Policy
 from flashserve.policy.scaling import Predictive
-from flashserve.types import ModelId, ModelSpec, NodeId, Phases, Scaling, SeriesForecast, Tier
+from flashserve.types import ModelId, ModelSpec, NodeId, Phases, RequestId, Scaling, SeriesForecast, Tier
 
 MODELS = [
     model("a"),
@@ -322,22 +322,26 @@ def settle(fleet: Fleet) -> None:
 
 
 def minimum_takes_all(fleet: Fleet) -> bool:
-    """Whether replicas that are always there take every worker, or the memory that others need."""
+    """Whether replicas that are always there leave no node with a worker and the memory for those
+    who wait. They stay where they are, also where others would find room if they moved.
+    """
     state = fleet.controller._state
     wanted = sum(known.spec.scaling.min_replicas for known in state.models.values())
     if wanted >= sum(fake.spec.num_workers for fake in fleet.nodes.values()):
         return True
-    waiting = [
-        extent_bytes(known.spec.size_bytes) for known in state.models.values() if known.waiting
-    ]
-    return all(
-        num_bytes > max(map(_left_by_minimum, state.nodes.values())) for num_bytes in waiting
+    return not any(
+        _is_left_by_minimum(node, extent_bytes(known.spec.size_bytes))
+        for known in state.models.values()
+        if known.waiting
+        for node in state.nodes.values()
     )
 
 
-def _left_by_minimum(known: Node) -> int:
-    kept = {r.model_id for r in known.replicas.values() if r.is_kept}
-    return known.capacity_bytes - sum(known.resident[name].num_bytes for name in kept)
+def _is_left_by_minimum(node: Node, num_bytes: int) -> bool:
+    """Whether a worker and so much memory are free of replicas that are always there."""
+    kept = [replica for replica in node.replicas.values() if replica.is_kept]
+    kept_bytes = sum(node.resident[name].num_bytes for name in {r.model_id for r in kept})
+    return len(kept) < node.spec.num_workers and kept_bytes + num_bytes <= node.capacity_bytes
 
 
 def test_a_model_whose_replica_gave_way_to_bytes_is_planned_in_the_same_event() -> None:
@@ -361,6 +365,31 @@ def test_a_model_whose_replica_gave_way_to_bytes_is_planned_in_the_same_event() 
         machine.wake()
         machine.accounts_are_true()
     machine.teardown()
+
+
+def test_replicas_that_are_always_there_may_take_the_worker_here_and_the_memory_there() -> None:
+    machine = Anything()
+    machine.begin(
+        patience=0.0,
+        backoff=0.0,
+        queue_limit=3,
+        deadline=30.0,
+        keep_alive=0.0,
+        policy="flashserve",
+        max_replicas=1,
+    )
+    machine.join("n2")
+    machine.bound("a", Scaling(1, 1))
+    machine.join("n1")
+    machine.bound("d", Scaling(1, 1))
+    machine.arrive("b", None)
+    assert minimum_takes_all(machine.fleet)
+    settle(machine.fleet)
+    assert machine.fleet.requests[RequestId("r1")].state == "rejected: deadline_exceeded"
+    machine.bound("a", Scaling(0, 1))
+    machine.arrive("b", None)
+    settle(machine.fleet)
+    assert machine.fleet.requests[RequestId("r2")].state == "finished"
 
 
 TestAnything = Anything.TestCase
