@@ -4,15 +4,18 @@ Twenty copies of the real small model, whose bytes differ in a bit so that they 
 fixed keep-alive on a real `flashserve serve` with two workers and memory for seven of them; a day
 of twenty Azure functions in five minutes, a few hundred requests of 16 to 64 tokens that want 8.
 The same arrivals are then simulated, with a profile that was measured on the same server just
-before: bytes, build and wake of a start from disk and from DRAM, stops, prefill and decode, what
-a load from disk takes of the cores, and how much both workers get done at once, which share them.
-What HTTP and tokens on their way take beside that, measured on a warm replica, is added to each
-simulated time. With --quick the day takes two minutes, and a part of its requests.
+before and just after, of which the means count: bytes, build and wake of a start from disk and from
+DRAM, stops, prefill and decode, what a load from disk takes of the cores, and how much both workers
+get done at once, which share them. What HTTP and tokens on their way take beside that, measured on
+a warm replica, is added to each simulated time. With --quick the day takes two minutes, and a part
+of its requests.
 
 Clock: from a request's sending to its first token over HTTP on loopback, in this process. All files
 are in the page cache. A start is cold where its receipt (the simulator's record) says so. Values:
 difference between the shares of cold starts; medians and p95 of the times to the first token, the
-larger over the smaller. The columns after them are the means of where that time went.
+larger over the smaller; live_profile_drift, how far the two measurements of the profile are apart:
+where the machine's own speed changed by more than is asked of the simulator, a run says little.
+The columns after them are the means of where that time went.
 """
 
 from __future__ import annotations
@@ -156,6 +159,33 @@ def probe(server: Server, probed: int) -> Probe:
     at_once = _at_once(server, rng)
     stop_s = _stop_s(server, probed)
     return Probe(*starts, warm, common.median(tokens), at_once, common.median(loads[1:]), stop_s)
+
+
+def emptied(server: Server) -> None:
+    """Let nothing be in DRAM any more."""
+    for number in range(NUM_MODELS):
+        _order(server, name_of(number), "evict", "dram")
+        wait_for_state(server, name_of(number), "cold", "disk")
+
+
+def mean_of(before: Probe, after: Probe) -> Probe:
+    warm_s = {tokens: (before.warm_s[tokens] + after.warm_s[tokens]) / 2 for tokens in PROMPTS}
+    means = {
+        field.name: (getattr(before, field.name) + getattr(after, field.name)) / 2
+        for field in dataclasses.fields(Probe)
+        if field.name != "warm_s"
+    }
+    return Probe(**means, warm_s=warm_s)
+
+
+def drift(before: Probe, after: Probe) -> float:
+    """The larger over the smaller of a first token's time: of the way that changed most."""
+    pairs = zip(_first_tokens(before), _first_tokens(after), strict=True)
+    return max(max(one / other, other / one) for one, other in pairs)
+
+
+def _first_tokens(found: Probe) -> tuple[float, ...]:
+    return found.fresh_s, found.wake_s, found.disk_s, found.warm_s[PROMPTS[0]]
 
 
 def _stop_s(server: Server, probed: int) -> float:
@@ -330,13 +360,14 @@ def main(args: argparse.Namespace) -> None:
         workload = workload_of(trace, size_bytes, QUICK_REPLAY_S if args.quick else REPLAY_S)
         print("probing the server", file=sys.stderr, flush=True)
         probed = QUICK_PROBED if args.quick else PROBED
-        found = probe(server, probed)
-        for number in range(probed + 1):  # both begin with nothing in DRAM
-            wait_for_state(server, name_of(number), "cold", "dram")
-            _order(server, name_of(number), "evict", "dram")
-        print(f"{found}\nreplaying {workload.num_requests} requests", file=sys.stderr, flush=True)
+        before = probe(server, probed)
+        emptied(server)  # as the simulation begins
+        print(f"{before}\nreplaying {workload.num_requests} requests", file=sys.stderr, flush=True)
         seen = asyncio.run(replay(str(server.http.base_url), workload))
-    profile, beside_s = profile_of(found, size_bytes)
+        emptied(server)
+        print("probing the server again", file=sys.stderr, flush=True)
+        after = probe(server, probed)
+    profile, beside_s = profile_of(mean_of(before, after), size_bytes)
     results = simulated(workload, profile)
     requests = results.requests
     live = row(
@@ -355,8 +386,8 @@ def main(args: argparse.Namespace) -> None:
 
     difference = abs(live["cold_share"] - model["cold_share"])
     notes = (
-        f"{__doc__}\nmeasured before: {found}; beside the engine {beside_s * 1000:.1f} ms; "
-        f"{profile.speeds}; {profile.costs}"
+        f"{__doc__}\nmeasured before: {before}; after: {after}; "
+        f"beside the engine {beside_s * 1000:.1f} ms; {profile.speeds}; {profile.costs}"
     )
     common.write_report(
         "policy-live",
@@ -373,6 +404,7 @@ def main(args: argparse.Namespace) -> None:
             "live_ttft_p95_ratio": common.value(
                 apart("ttft_p95_s"), "ratio", better="lower", aim=1.2
             ),
+            "live_profile_drift": common.value(drift(before, after), "ratio", better="lower"),
         },
         notes=notes,
         json_file=args.json,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from flashserve.control import orders
 from flashserve.control.estimates import Quantity
-from flashserve.control.records import Model, Replica, Request, Status
+from flashserve.control.records import Model, Node, Replica, Request, Status
 from flashserve.control.state import State
 from flashserve.messages.commands import Command, Hold
 from flashserve.messages.events import RequestArrived, RequestFinished
@@ -278,10 +278,14 @@ def waiting_for(state: State, model: Model, now: float) -> str:
     return _waiting_for_room(state, model)
 
 
+def _is_clearing(node: Node) -> bool:
+    return any(replica.status is Status.DRAINING for replica in node.replicas.values())
+
+
 def _waiting_for_room(state: State, model: Model) -> str:
     if not state.nodes:
         return "a node to join"
-    if model.claim is not None:
+    if model.claim is not None and _is_clearing(state.nodes[model.claim]):
         return f"busy replicas on {model.claim} to finish their last requests"
     if model.shunned:
         return f"memory on {', '.join(model.shunned)}: {model.reason}"

@@ -15,12 +15,22 @@ from tests.unit.control.fake_nodes import Fleet, model, node
 from flashserve.config import PolicySettings
 from flashserve.control.records import Model, Node, Status
 from flashserve.messages import events
+from flashserve.messages.commands import Reject
 from flashserve.policy import baselines
 from flashserve.policy.cost import Prices, extent_bytes
 from flashserve.policy.histogram import HybridHistogram
 from flashserve.policy.plans import Facts, Plan, Policy
 from flashserve.policy.scaling import Predictive
-from flashserve.types import ModelId, ModelSpec, NodeId, Phases, RequestId, Scaling, SeriesForecast, Tier
+from flashserve.types import (
+    ModelId,
+    ModelSpec,
+    NodeId,
+    Phases,
+    RequestId,
+    Scaling,
+    SeriesForecast,
+    Tier,
+)
 
 MODELS = [
     model("a"),
@@ -386,6 +396,8 @@ def test_replicas_that_are_always_there_may_take_the_worker_here_and_the_memory_
     assert minimum_takes_all(machine.fleet)
     settle(machine.fleet)
     assert machine.fleet.requests[RequestId("r1")].state == "rejected: deadline_exceeded"
+    [refusal] = [command for command in machine.fleet.log if isinstance(command, Reject)]
+    assert "4.2 MB of DRAM that no running model holds" in refusal.message
     machine.bound("a", Scaling(0, 1))
     machine.arrive("b", None)
     settle(machine.fleet)
