@@ -20,6 +20,7 @@ from flashserve.errors import InputError
 
 DEFAULT_TENANT = "default"
 """What reports call whoever has a key without a name, or none."""
+DEFAULT_CURRENCY = "USD"
 _PREFIX = "FLASHSERVE_"
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _BINARY_UNITS = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
@@ -277,8 +278,11 @@ Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class PriceSettings(_Section):
     """What things cost; docs/reference/configuration.md names the sources of the defaults."""
 
-    gpu_per_hour: float = Field(3.0, gt=0, allow_inf_nan=False)
-    """Of one worker's accelerator, or of its cores on a machine without one."""
+    currency: str = Field(DEFAULT_CURRENCY, pattern=r"^\S{1,8}$")
+    """Of all prices, for reports."""
+    gpu_per_hour: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Of one worker's accelerator, or of its cores on a machine without one; None is a list price
+    of what the node has."""
     dram_gb_per_hour: Amount = 0.004445
     """Of 10^9 bytes of host memory."""
     disk_gb_per_hour: Amount = 0.000111
@@ -287,6 +291,18 @@ class PriceSettings(_Section):
     slo_miss: Amount = 0.2
     """Of a first token that a start made later than slo_s, on top of the wait."""
     slo_s: float = Field(1.0, gt=0, allow_inf_nan=False)
+
+    @pydantic.model_validator(mode="after")
+    def _check_currency(self) -> Self:
+        """Raises ValueError for another currency beside a list price in dollars."""
+        priced = ("gpu_per_hour", "dram_gb_per_hour", "disk_gb_per_hour")
+        missing = [name for name in priced if name not in self.model_fields_set]
+        if self.currency != DEFAULT_CURRENCY and missing:
+            raise ValueError(
+                f"in {self.currency}, also set {', '.join(missing)}: their defaults are in "
+                f"{DEFAULT_CURRENCY}"
+            )
+        return self
 
 
 class Settings(pydantic_settings.BaseSettings):

@@ -69,6 +69,18 @@ def test_tenants_have_keys_and_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.tenant_weights == {"acme": 2.0, "labs": 1.0}
 
 
+def test_another_currency_needs_prices_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHSERVE_PRICE__CURRENCY", "EUR")
+    monkeypatch.setenv("FLASHSERVE_PRICE__DRAM_GB_PER_HOUR", "0.004")
+    with pytest.raises(
+        InputError, match=r"^setting price: in EUR, also set gpu_per_hour, disk_gb_per_hour"
+    ):
+        load_settings()
+    monkeypatch.setenv("FLASHSERVE_PRICE__GPU_PER_HOUR", "2.5")
+    monkeypatch.setenv("FLASHSERVE_PRICE__DISK_GB_PER_HOUR", "0.0001")
+    assert load_settings().price.currency == "EUR"
+
+
 def test_prices_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHSERVE_PRICE__GPU_PER_HOUR", "1.5")
     assert load_settings().price.gpu_per_hour == 1.5

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashserve.cli import console
-from flashserve.cli.options import AsJson, make_data_dir, settings_for
-from flashserve.config import parse_bytes
+from flashserve.cli.options import AsJson, make_data_dir, parse_size, settings_for
 from flashserve.errors import InputError
 from flashserve.types import Tier
 
@@ -54,7 +53,7 @@ def calibrate(
     from flashserve.store.sources.source import open_source
 
     settings = settings_for(data_dir)
-    num_bytes = _parse_size(size)
+    num_bytes = parse_size(size)
     make_data_dir(settings.data_dir)
     remote = None
     if source is not None:
@@ -73,13 +72,6 @@ def calibrate(
         f"workers of one core each compute as {measured.compute_at_once:.2g} do that are alone"
     )
     console.print_line(f"kept in {path}")
-
-
-def _parse_size(size: str) -> int:
-    try:
-        return int(str(parse_bytes(size)))
-    except ValueError:
-        raise InputError(f"--size {size} is no size such as 512MiB") from None
 
 
 def _rows(measured: Calibration) -> list[list[str]]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flashserve.config import Settings, load_settings
+from flashserve.config import Settings, load_settings, parse_bytes
 from flashserve.errors import InputError
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The model's name.", show_default=False)]
@@ -34,6 +34,17 @@ def absolute_source(source: str) -> str:
 def settings_for(data_dir: Path | None) -> Settings:
     """The settings in force; data_dir, if given, is stronger than all of them."""
     return load_settings(**({} if data_dir is None else {"data_dir": data_dir}))
+
+
+def parse_size(size: str) -> int:
+    """The bytes that `--size` asks for, at least one; raises InputError for anything else."""
+    try:
+        num_bytes = int(str(parse_bytes(size)))
+    except ValueError:
+        raise InputError(f"--size {size} is no size such as 512MiB") from None
+    if num_bytes < 1:
+        raise InputError(f"--size {size} is less than a byte")
+    return num_bytes
 
 
 def make_data_dir(path: Path) -> None:

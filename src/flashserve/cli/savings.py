@@ -10,6 +10,7 @@ import typer
 from flashserve.cli import console
 from flashserve.cli.client import connect
 from flashserve.cli.options import AsJson, Url
+from flashserve.policy import text
 
 _COLUMNS = ("requests", "cold", "busy", "loading", "idle", "price")
 
@@ -29,9 +30,11 @@ def savings(
     if as_json:
         console.print_json(report)
         return
+    prices = report["prices"]
+    console.print_line(f"policy {report['policy']}, since {report['since']} (UTC)")
     console.print_line(
-        f"policy {report['policy']}, since {report['since']} (UTC), a worker at "
-        f"{report['prices']['gpu_per_hour']:g} an hour"
+        f"prices in {prices['currency']}: a worker ({prices['worker']}) "
+        f"{prices['gpu_per_hour']:.4g} an hour"
     )
     _print_lines("model", [*report["models"], report["total"]])
     if report["adapters"]:
@@ -62,12 +65,12 @@ def _print_against(report: dict[str, Any]) -> None:
 
 def _saved(other: dict[str, Any]) -> str:
     fraction = other["saved_fraction"]
-    return "-" if fraction is None else f"{other['saved']:.2f} ({fraction:.0%})"
+    return "-" if fraction is None else f"{text.money(other['saved'])} ({fraction:.0%})"
 
 
 def _cells(line: dict[str, Any]) -> list[str]:
     seconds = (_duration(line[key]) for key in ("busy_s", "loading_s", "idle_s"))
-    return [str(line["requests"]), str(line["cold"]), *seconds, f"{line['price']:.2f}"]
+    return [str(line["requests"]), str(line["cold"]), *seconds, text.money(line["price"])]
 
 
 def _duration(seconds: float) -> str:

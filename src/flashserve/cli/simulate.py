@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashserve.cli import console
-from flashserve.cli.options import AsJson
+from flashserve.cli.options import AsJson, parse_size
 from flashserve.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,6 +43,13 @@ def simulate(
         str, typer.Option(help="A named node, or a data directory with a calibration.")
     ] = "8xh100",
     models: Annotated[int, typer.Option(help="Models, drawn from the trace's series.", min=1)] = 16,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Of each model, such as 14GB; else that of the model which the profile measured.",
+            show_default=False,
+        ),
+    ] = None,
     requests: Annotated[
         int | None,
         typer.Option(help="Thin busy models to about so many in all.", min=1, show_default=False),
@@ -80,7 +87,16 @@ def simulate(
     if html is not None and not html.absolute().parent.is_dir():
         raise InputError(f"cannot write {html}: its directory does not exist")
     wanted = scenario.Wanted(
-        trace, fit_trace, profile, nodes, models, requests, hours, seed, forecaster
+        trace,
+        fit_trace,
+        profile,
+        nodes,
+        models,
+        requests,
+        hours,
+        seed,
+        forecaster,
+        None if size is None else parse_size(size),
     )
     with console.counting("simulate") as progress:
         made = scenario.make(wanted, names, progress)
@@ -116,6 +132,7 @@ def _print(made: Scenario, found: list[Figures], html: Path | None) -> None:
     from flashserve.sim import report
 
     console.print_line(f"{made.about.workload}: {made.about.text}")
+    console.print_line(f"prices: {report.priced(made.trial.prices)}")
     shown = [report.COLUMNS.index(name) for name in _COLUMNS]
     rows = [[row[index] for index in shown] for row in report.rows(found)]
     console.print_table(_COLUMNS, rows, right=_COLUMNS[1:])

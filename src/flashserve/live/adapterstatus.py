@@ -38,6 +38,7 @@ def adapter_status(
     adapters: Adapters,
     stats: Mapping[AdapterId, AdapterResidence],
     settings: Settings,
+    prices: Prices,
 ) -> AdapterStatus:
     """One adapter now."""
     now, spec = time.monotonic(), adapter.spec
@@ -51,8 +52,7 @@ def adapter_status(
         batch=settings.engine.max_batch_sequences,
         keep_alive_s=settings.policy.keep_alive_s if keep_alive_s is None else keep_alive_s,
     )
-    prices = in_workers(Prices.of(settings.price))
-    advice = advise(_load(adapter, adapters, use, now), machine, prices)
+    advice = advise(_load(adapter, adapters, use, now), machine, in_workers(prices))
     return AdapterStatus(
         name=adapter.name,
         base=spec.base,

@@ -17,9 +17,11 @@ from flashserve.errors import ConflictError, InputError
 from flashserve.live.catalogue import Catalogue
 from flashserve.live.runtime import MonotonicClock, Runtime
 from flashserve.live.savings import Savings
+from flashserve.live.savingsreport import price_table
 from flashserve.live.service import Service
 from flashserve.node.agent import Agent
 from flashserve.node.client import Node
+from flashserve.node.devices import worker_cores
 from flashserve.policy.cost import UNMEASURED, Prices, Rates
 from flashserve.policy.plans import Policy
 from flashserve.policy.registry import make_policy
@@ -52,7 +54,8 @@ async def launch(settings: Settings, nodes: Sequence[Node] | None = None) -> Asy
         stack.push_async_callback(catalogue.close)
         await catalogue.open()
         clock, rates = MonotonicClock(), _measured_rates(settings.data_dir)
-        prices = Prices.of(settings.price)
+        prices = Prices.of(settings.price, worker_cores(settings.node))
+        _log.info("prices", **price_table(prices))
         policy = _make_policy("policy.name", settings.policy.name, prices)
         savings = _make_savings(settings, prices, rates, catalogue, clock)
         agent = Agent(settings)

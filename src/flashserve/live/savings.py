@@ -55,7 +55,7 @@ class Savings:
         """For metrics; adapters count with their base."""
         self._ledger: Ledger | None = Ledger(prices.slo_s)
         self._shadows = {shadow.policy.name: shadow for shadow in shadows}
-        self._prices = prices
+        self.prices = prices
         self._catalogue = catalogue
         self._now = now
         self._unix_time = unix_time
@@ -123,7 +123,7 @@ class Savings:
         await self.flush()
         accounts = await self._catalogue.usage(self._today - num_days + 1)
         since = self._today if accounts.first_day is None else accounts.first_day
-        return make_report(accounts, self.policy, self._prices, since, self.broken)
+        return make_report(accounts, self.policy, self.prices, since, self.broken)
 
     def forget_model(self, model_id: ModelId) -> None:
         """Drop a deleted model from what was counted since the start; its days are kept."""

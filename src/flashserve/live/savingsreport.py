@@ -57,7 +57,7 @@ class Report:
 
     since: str
     policy: str
-    prices: Mapping[str, float]
+    prices: Mapping[str, float | str]
     total: Line
     models: tuple[Line, ...]
     adapters: tuple[Line, ...]
@@ -84,12 +84,7 @@ def make_report(
             datetime.date(1970, 1, 1).toordinal() + first_day
         ).isoformat(),
         policy=policy,
-        prices={
-            "gpu_per_hour": prices.gpu_per_s * _HOUR_S,
-            "wait_per_s": prices.wait_per_s,
-            "slo_miss": prices.slo_miss,
-            "slo_s": prices.slo_s,
-        },
+        prices=price_table(prices),
         total=_line("total", total, prices),
         models=lines(lambda series: series.model_id),
         adapters=lines(lambda s: f"{s.model_id}:{s.adapter}" if s.adapter else None),
@@ -97,6 +92,18 @@ def make_report(
         against=tuple(_against(accounts, name, prices) for name in _policies(accounts)),
         broken=dict(broken),
     )
+
+
+def price_table(prices: Prices) -> dict[str, float | str]:
+    """What the lines were reckoned with, under the names of the settings; worker: in words."""
+    return {
+        "currency": prices.currency,
+        "worker": prices.worker_text,
+        "gpu_per_hour": prices.gpu_per_s * _HOUR_S,
+        "wait_per_s": prices.wait_per_s,
+        "slo_miss": prices.slo_miss,
+        "slo_s": prices.slo_s,
+    }
 
 
 def _policies(accounts: Accounts) -> list[str]:

@@ -310,7 +310,9 @@ class Service:
         self, adapter: RegisteredAdapter, stats: Mapping[AdapterId, AdapterResidence]
     ) -> AdapterStatus:
         base = self._deployments.find(adapter.spec.base)
-        return adapter_status(adapter, base, self._adapters, stats, self.settings)
+        return adapter_status(
+            adapter, base, self._adapters, stats, self.settings, self.savings.prices
+        )
 
     # Tiers
 

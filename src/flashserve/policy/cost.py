@@ -12,6 +12,17 @@ from flashserve.types import Phases, Tier
 EXTENT_BYTES = 2 << 20
 """A model takes whole extents of a node's DRAM."""
 
+ACCELERATOR_PER_HOUR = 3.0
+"""US dollars for an H100 on demand, May 2026: 2.50 to 3.50 at providers that specialise in them.
+
+Source: Mercatus GPU price index, https://www.mercatus-ai.com/blog/cloud-gpu-pricing.
+"""
+VCPU_PER_HOUR = 0.04048
+"""US dollars for a vCPU without its memory, on demand, June 2026: AWS Fargate, Linux on x86,
+us-east-1. A core as the kernel counts them is a vCPU.
+
+Source: https://www.factualminds.com/blog/amazon-fargate-ecs-task-pricing-2026/.
+"""
 _HOUR_S = 3600.0
 _CLOUD = PriceSettings()
 _WEIGHT = 0.3
@@ -42,26 +53,46 @@ class Prices:
 
     gpu_per_s: of one worker's accelerator (on a CPU: of a worker's cores) for a second;
     dram_gb_per_s and disk_gb_per_s: of 10^9 bytes for a second; wait_per_s: of a second that a
-    request waits for a start; slo_miss: of a first token that comes later than slo_s.
+    request waits for a start; slo_miss: of a first token that comes later than slo_s;
+    worker_cores: what gpu_per_s is paid for, None is an accelerator.
     """
 
-    gpu_per_s: float = _CLOUD.gpu_per_hour / _HOUR_S
+    gpu_per_s: float = ACCELERATOR_PER_HOUR / _HOUR_S
     dram_gb_per_s: float = _CLOUD.dram_gb_per_hour / _HOUR_S
     disk_gb_per_s: float = _CLOUD.disk_gb_per_hour / _HOUR_S
     wait_per_s: float = _CLOUD.wait_per_s
     slo_miss: float = _CLOUD.slo_miss
     slo_s: float = _CLOUD.slo_s
+    worker_cores: float | None = None
+    currency: str = _CLOUD.currency
 
     @classmethod
-    def of(cls, price: PriceSettings) -> Self:
+    def of(cls, price: PriceSettings, worker_cores: float | None) -> Self:
+        """worker_cores: of each worker where none has an accelerator, else None.
+
+        They decide what a worker costs where `price` does not say it.
+        """
+        per_hour = ACCELERATOR_PER_HOUR if worker_cores is None else worker_cores * VCPU_PER_HOUR
+        if price.gpu_per_hour is not None:
+            per_hour = price.gpu_per_hour
         return cls(
-            gpu_per_s=price.gpu_per_hour / _HOUR_S,
+            gpu_per_s=per_hour / _HOUR_S,
             dram_gb_per_s=price.dram_gb_per_hour / _HOUR_S,
             disk_gb_per_s=price.disk_gb_per_hour / _HOUR_S,
             wait_per_s=price.wait_per_s,
             slo_miss=price.slo_miss,
             slo_s=price.slo_s,
+            worker_cores=worker_cores,
+            currency=price.currency,
         )
+
+    @property
+    def worker_text(self) -> str:
+        """What a worker is that costs gpu_per_s: an accelerator, 1 core, 2.5 cores."""
+        cores = self.worker_cores
+        if cores is None:
+            return "an accelerator"
+        return "1 core" if cores == 1 else f"{cores:.3g} cores"
 
     def cold_start(self, startup_s: float, prefill_s: float = 0.0) -> float:
         """What one request's wait for a start costs; its prefill may be what misses the SLO."""

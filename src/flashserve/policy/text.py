@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 def seconds(value: float) -> str:
     """0.12 s, 1.9 s, 300 s."""
@@ -30,3 +32,10 @@ def rate(per_s: float) -> str:
 def count(number: int, noun: str) -> str:
     """1 worker, 2 workers."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def money(value: float) -> str:
+    """1234.50, 3.00, 0.083, 0.0042, 0.00: cents, and where they say little up to four digits."""
+    if not 0 < abs(value) < 1:
+        return f"{value:.2f}"
+    return f"{value:.{min(1 - math.floor(math.log10(abs(value))), 4)}f}"

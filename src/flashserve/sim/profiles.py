@@ -94,7 +94,7 @@ class Speeds:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Profile:
-    """A kind of node; each worker has one accelerator, or its share of the cores."""
+    """A kind of node. worker_cores: of each worker; None where each has an accelerator."""
 
     name: str
     num_workers: int
@@ -103,6 +103,7 @@ class Profile:
     speeds: Speeds
     costs: StepCosts
     engine: EngineShape
+    worker_cores: float | None = None
 
     @property
     def rates(self) -> Rates:
@@ -150,6 +151,7 @@ THIS = Profile(
     ),
     # The settings' defaults: 512 MiB of keys and values of 23,040 bytes a token.
     engine=EngineShape(kv_tokens=23296),
+    worker_cores=2,
 )
 
 H100_NODE = Profile(

@@ -116,9 +116,7 @@ class About:
     text: str
 
 
-def page(
-    ran: Sequence[tuple[Results, Figures]], about: About, prices: Prices, currency: str = "USD"
-) -> str:
+def page(ran: Sequence[tuple[Results, Figures]], about: About, prices: Prices) -> str:
     """Raises InputError where matplotlib is not installed."""
     found = [figures for _, figures in ran]
     days = ran[0][0].duration_s / (DAY * 60)
@@ -126,7 +124,7 @@ def page(
     values = {
         "style": pages.STYLE,
         "about": about,
-        "prices": priced(prices, currency),
+        "prices": priced(prices),
         "frontier": drawings.frontier(found, days),
         "answers": pages.table(COLUMNS, rows(found)),
         "cold": drawings.cold_shares(found),
@@ -139,11 +137,11 @@ def page(
     return pages.render(_PAGE, values)
 
 
-def priced(prices: Prices, currency: str) -> str:
+def priced(prices: Prices) -> str:
     return (
-        f"{prices.gpu_per_s * 3600:.4g} {currency} for an hour of a worker, "
-        f"{prices.dram_gb_per_s * 3600:.4g} of a GB in DRAM, "
-        f"{prices.disk_gb_per_s * 3600:.4g} of a GB on disk"
+        f"in {prices.currency}, a worker ({prices.worker_text}) {prices.gpu_per_s * 3600:.4g} an "
+        f"hour, a GB in DRAM {prices.dram_gb_per_s * 3600:.4g}, on disk "
+        f"{prices.disk_gb_per_s * 3600:.4g}"
     )
 
 
@@ -162,8 +160,8 @@ def row(name: str, answers: Answers, costs: Costs) -> list[str]:
         f"{answers.rejected}",
         f"{costs.busy_h:.1f}",
         f"{costs.idle_h:.1f}",
-        f"{costs.idle_cost:.2f}",
-        f"{costs.cost:.2f}",
+        text.money(costs.idle_cost),
+        text.money(costs.cost),
     ]
 
 

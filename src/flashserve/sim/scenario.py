@@ -11,9 +11,10 @@ from flashserve.config import load_settings
 from flashserve.errors import InputError
 from flashserve.forecast import backtest, registry, synthetic
 from flashserve.forecast.traces import DAY, Trace, read_trace
-from flashserve.policy.cost import Prices
+from flashserve.policy import text
+from flashserve.policy.cost import Prices, extent_bytes
 from flashserve.sim.forecasts import forecast_events
-from flashserve.sim.profiles import load_profile
+from flashserve.sim.profiles import Profile, load_profile
 from flashserve.sim.report import About
 from flashserve.sim.run import Cluster
 from flashserve.sim.trial import PREDICTIVE, Trial
@@ -23,6 +24,8 @@ FORECASTER = "hazard"
 """Fitted in a second; a server's `auto` takes minutes, and is idle less."""
 _NUM_SYNTHETIC = 400
 _MAX_NODES = 10_000
+_MAX_COUNTS = 300_000_000
+"""Minutes of all models together: what a few GB of memory hold."""
 _FEWEST_SERIES = 8
 _FEWEST_MINUTES = 90
 
@@ -31,7 +34,9 @@ Progress = Callable[[str, int, int], None]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Wanted:
-    """The options of the command; see its help."""
+    """The options of the command; see its help. model_bytes: None is what the profile's costs are
+    of.
+    """
 
     trace: Path | None = None
     fit_trace: Path | None = None
@@ -42,6 +47,7 @@ class Wanted:
     hours: float | None = None
     seed: int = 0
     forecaster: str = FORECASTER
+    model_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,22 +68,27 @@ def make(wanted: Wanted, names: Sequence[str], progress: Progress) -> Scenario:
         raise InputError(f"--nodes {wanted.num_nodes} is more than {_MAX_NODES}")
     if wanted.hours is not None and not (wanted.hours > 0 and math.isfinite(wanted.hours)):
         raise InputError(f"--hours {wanted.hours:g} is no positive number")
+    model_bytes = _model_bytes(wanted, profile)
     progress("reading", 0, 1)
     fitted, replayed, basis = _traces(wanted)
     if wanted.hours is not None:
         replayed = _first_hours(replayed, wanted.hours)
-    settings = WorkloadSettings(wanted.num_models, wanted.num_requests, seed=wanted.seed)
+    _check_fits_memory(wanted.num_models, replayed)
+    settings = WorkloadSettings(
+        wanted.num_models, wanted.num_requests, (model_bytes,), seed=wanted.seed
+    )
     workload = make_workload(replayed, settings)
     cluster = Cluster(profile, wanted.num_nodes)
     configured = load_settings()
-    trial = Trial(workload, cluster, Prices.of(configured.price), configured.policy)
+    prices = Prices.of(configured.price, profile.worker_cores)
+    trial = Trial(workload, cluster, prices, configured.policy)
     about = About(replayed.name, _described(workload, cluster, wanted))
     if PREDICTIVE in names:
         progress("fitting", 0, 1)
         model.fit(fitted.history, fitted.weights)
         trial = dataclasses.replace(trial, forecasts=lambda: forecast_events(model, workload))
-        text = f"{about.text} Forecasts are by {wanted.forecaster}, fitted on {basis}."
-        about = dataclasses.replace(about, text=text)
+        said = f"{about.text} Forecasts are by {wanted.forecaster}, fitted on {basis}."
+        about = dataclasses.replace(about, text=said)
     return Scenario(trial, about)
 
 
@@ -105,6 +116,26 @@ def _traces(wanted: Wanted) -> tuple[Trace, Trace, str]:
     return made, replayed, "synthetic functions, since the trace is too small to divide"
 
 
+def _model_bytes(wanted: Wanted, profile: Profile) -> int:
+    """Raises InputError where no node could hold a model of that size."""
+    size_bytes = wanted.model_bytes or profile.costs.size_bytes
+    if extent_bytes(size_bytes) > profile.dram_bytes:
+        raise InputError(
+            f"a model of {text.size(size_bytes)} is larger than the {text.size(profile.dram_bytes)}"
+            f" of DRAM that a node of the profile {profile.name} has: give a smaller --size"
+        )
+    return size_bytes
+
+
+def _check_fits_memory(num_models: int, trace: Trace) -> None:
+    num_minutes = trace.history.counts.shape[1]
+    if num_models * num_minutes > _MAX_COUNTS:
+        raise InputError(
+            f"--models {num_models} for {num_minutes} minutes is more than fits in memory: at most "
+            f"{_MAX_COUNTS // num_minutes}, or fewer --hours"
+        )
+
+
 def _after(trace: Trace, column: int) -> Trace:
     history = trace.history
     later = dataclasses.replace(
@@ -122,11 +153,12 @@ def _first_hours(trace: Trace, hours: float) -> Trace:
 
 
 def _described(workload: Workload, cluster: Cluster, wanted: Wanted) -> str:
-    nodes = f"{wanted.num_nodes} nodes" if wanted.num_nodes > 1 else "1 node"
     source = "" if wanted.trace else "No trace was given: these functions are made up. "
-    gigabytes = workload.models[0].size_bytes / 1e9
+    models = text.count(len(workload.models), "model")
+    requests = "request" if workload.num_requests == 1 else "requests"
     return (
-        f"{source}{len(workload.models)} models of {gigabytes:.3g} GB with "
-        f"{workload.num_requests:,} requests in {workload.duration_s / 3600:.3g} hours on {nodes} "
-        f"({cluster.profile.name}) with {cluster.num_workers} workers in all; seed {wanted.seed}."
+        f"{source}{models} of {text.size(workload.models[0].size_bytes)} with "
+        f"{workload.num_requests:,} {requests} in {workload.duration_s / 3600:.3g} hours on "
+        f"{text.count(wanted.num_nodes, 'node')} ({cluster.profile.name}) with "
+        f"{text.count(cluster.num_workers, 'worker')} in all; seed {wanted.seed}."
     )

@@ -305,7 +305,7 @@ def _thin(
     if num_requests is None:
         if totals.sum() > _MAX_REQUESTS:
             raise InputError(
-                f"the workload has {totals.sum():,} requests: thin it with num_requests"
+                f"the workload has {totals.sum():,} requests: thin it (num_requests, --requests)"
             )
         return counts
     if totals.sum() <= num_requests:

@@ -64,7 +64,8 @@ def test_the_report_fits_a_terminal_of_80_columns(
     run(monkeypatch, BUSY)
     shown = capsys.readouterr().out
     lines = shown.splitlines()
-    assert lines[0] == "policy flashserve, since 2024-10-04 (UTC), a worker at 3 an hour"
+    assert lines[0] == "policy flashserve, since 2024-10-04 (UTC)"
+    assert lines[1] == "prices in USD: a worker (an accelerator) 3 an hour"
     assert max(map(len, lines)) <= 80
     for word in ("total", "acme", "default", "(ahead of requests)", "always-on", "25.0 h", "(84%)"):
         assert word in shown, word

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from flashserve.cli.main import app
 from flashserve.errors import InputError
+from flashserve.policy import text
 
 
 def invoke(*arguments: str) -> str:
@@ -46,9 +47,32 @@ def test_without_a_trace_it_says_that_functions_are_made_up_and_writes_a_page(
     shown = invoke(*SMALL, "--policy", "keep-alive-60s,histogram", "--html", str(page))
     assert "No trace was given" in shown
     assert str(page) in shown
-    text = page.read_text()
-    assert text.count('<section class="policy"') == 2
-    assert "made up" in text
+    written = page.read_text()
+    assert written.count('<section class="policy"') == 2
+    assert "made up" in written
+
+
+@pytest.mark.parametrize(
+    ("profile", "size", "per_hour"),
+    [("this", 269_000_000, 2 * 0.04048), ("8xh100", 14 * 10**9, 3.0)],
+)
+def test_models_and_prices_are_those_of_the_profile(
+    profile: str, size: int, per_hour: float
+) -> None:
+    arguments = (*SMALL, "--policy", "keep-alive-60s", "--profile", profile)
+    found = json.loads(invoke(*arguments, "--json"))
+    assert found["prices"]["gpu_per_s"] * 3600 == pytest.approx(per_hour)
+    assert found["policies"][0]["answers"]["rejected"] == 0
+    assert f"{text.size(size)} with" in found["text"]
+    [line] = [line for line in invoke(*arguments).splitlines() if line.startswith("prices: ")]
+    assert f"{per_hour:g} an hour" in line
+
+
+def test_a_price_that_was_set_counts_for_every_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHSERVE_PRICE__GPU_PER_HOUR", "1.25")
+    for profile in ("this", "8xh100"):
+        arguments = (*SMALL, "--policy", "keep-alive-60s", "--profile", profile, "--json")
+        assert json.loads(invoke(*arguments))["prices"]["gpu_per_s"] * 3600 == 1.25
 
 
 def test_a_table_fits_80_columns() -> None:
@@ -83,6 +107,10 @@ def test_any_forecaster_may_speak() -> None:
         (["--hours", "25"], "--hours 25 is more than the 24 hours that there are"),
         (["--hours", "nan"], "--hours nan is no positive number"),
         (["--nodes", "100000"], "--nodes 100000 is more than 10000"),
+        (["--models", "1000000000"], "more than fits in memory: at most 208333, or fewer --hours"),
+        (["--size", "2TB"], "2.0 TB is larger than the 1.6 TB of DRAM that a node of the profile"),
+        (["--size", "0"], "--size 0 is less than a byte"),
+        (["--size", "large"], "--size large is no size such as 512MiB"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(

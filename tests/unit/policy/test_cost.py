@@ -93,10 +93,30 @@ def test_an_average_stays_within_its_bounds_and_recovers(junk: list[float], trut
 
 def test_prices_per_hour_become_prices_per_second() -> None:
     price = PriceSettings(gpu_per_hour=7200.0, dram_gb_per_hour=36.0, disk_gb_per_hour=3.6)
-    prices = Prices.of(price)
+    prices = Prices.of(price, None)
     assert (prices.gpu_per_s, prices.dram_gb_per_s, prices.disk_gb_per_s) == (2.0, 0.01, 0.001)
     assert prices.wait_per_s == price.wait_per_s
-    assert Prices() == Prices.of(PriceSettings())
+    assert Prices() == Prices.of(PriceSettings(), None)
+
+
+def test_a_worker_costs_what_it_has_unless_somebody_says_otherwise() -> None:
+    accelerator, cores = (Prices.of(PriceSettings(), cores) for cores in (None, 4.0))
+    assert accelerator.gpu_per_s * 3600 == pytest.approx(3.0)
+    assert cores.gpu_per_s * 3600 == pytest.approx(4 * 0.04048)
+    said = [Prices.of(PriceSettings(gpu_per_hour=1.0), cores) for cores in (None, 4.0)]
+    assert {one.gpu_per_s for one in said} == {1 / 3600}
+    assert [one.worker_text for one in said] == ["an accelerator", "4 cores"]
+    assert [Prices(worker_cores=cores).worker_text for cores in (1.0, 2 / 3)] == [
+        "1 core",
+        "0.667 cores",
+    ]
+
+
+def test_cheap_cores_are_kept_longer_than_a_dear_accelerator_for_the_same_wait() -> None:
+    accelerator, cores = (Prices.of(PriceSettings(), cores) for cores in (None, 1.0))
+    assert accelerator.cold_start(0.5) == cores.cold_start(0.5)
+    worth_s = [prices.cold_start(0.5) / prices.gpu_per_s for prices in (accelerator, cores)]
+    assert worth_s == [pytest.approx(30.0), pytest.approx(2223.0, rel=0.001)]
 
 
 def test_a_cold_start_costs_its_wait_and_a_miss_once_it_is_too_late() -> None:
