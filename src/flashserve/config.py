@@ -64,7 +64,7 @@ def _default_dram_bytes() -> int:
 
 
 class _Section(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ServerSettings(_Section):
@@ -120,7 +120,7 @@ class DeploySettings(_Section):
 class NodeSettings(_Section):
     """The node that this machine is."""
 
-    num_workers: PositiveInt = 2
+    num_workers: int = Field(2, gt=0, le=1024)
     """Worker processes kept ready; each serves one model at a time."""
     threads_per_worker: int = Field(0, ge=0)
     """Compute threads of one worker; 0 divides the cores among the workers."""

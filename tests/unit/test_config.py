@@ -33,6 +33,25 @@ def test_a_price_that_is_none_is_refused_by_name(
         load_settings()
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("policy.keep_alive_s", "inf"),
+        ("policy.deadline_s", "inf"),
+        ("server.grace_period_s", "nan"),
+        ("store.recheck_s", "1e999"),
+        ("node.num_workers", "100000"),
+        ("node.num_workers", "0"),
+    ],
+)
+def test_a_number_without_sense_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, setting: str, value: str
+) -> None:
+    monkeypatch.setenv(f"FLASHSERVE_{setting.replace('.', '__').upper()}", value)
+    with pytest.raises(InputError, match=rf"^setting {setting}: Input should be "):
+        load_settings()
+
+
 def test_an_unknown_time_zone_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("Mars/Olympus", "../etc/passwd", ""):
         monkeypatch.setenv("FLASHSERVE_SCALING__TIMEZONE", name)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flashserve.cli import console
-from flashserve.cli.options import AsJson
+from flashserve.cli.options import AsJson, check_page
 from flashserve.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def backtest(
 
     names = [name.strip() for name in models.split(",") if name.strip()]
     registry.make_models(names, seed)  # a wrong name is said before the reading
-    if html is not None and not html.absolute().parent.is_dir():
-        raise InputError(f"cannot write {html}: its directory does not exist")
+    if html is not None:
+        check_page(html)
     with console.counting("backtest") as progress:
         progress("reading", 0, 1)
         ran = summary.run(read_trace(trace, seed), names or registry.DEFAULT_MODELS, seed, progress)

@@ -69,7 +69,8 @@ def calibrate(
         return
     console.print_table(["what", "GB/s", "of"], _rows(measured), right=["GB/s"], fold=["of"])
     console.print_line(
-        f"workers of one core each compute as {measured.compute_at_once:.2g} do that are alone"
+        f"workers of one core each, on all cores, compute as much together as "
+        f"{measured.compute_at_once:.2g} of them alone"
     )
     console.print_line(f"kept in {path}")
 

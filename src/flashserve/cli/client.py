@@ -82,6 +82,13 @@ class Client:
         report: dict[str, Any] = self._call("GET", f"/admin/v1/savings?days={days}")
         return report
 
+    def decisions(self, limit: int) -> list[dict[str, Any]]:
+        """The latest orders with their reasons, the newest first."""
+        listed: list[dict[str, Any]] = self._call("GET", f"/admin/v1/decisions?limit={limit}")[
+            "data"
+        ]
+        return listed
+
     def deploy(self, name: str, source: str, options: Mapping[str, Any]) -> dict[str, Any]:
         body = {"name": name, "source": source, **options}
         model: dict[str, Any] = self._call("POST", "/admin/v1/models", body)

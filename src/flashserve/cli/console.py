@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,14 @@ def print_json(value: Any) -> None:
 def print_line(text: str) -> None:
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
+
+
+def print_text(text: str) -> None:
+    """Sentences: a terminal gets them in lines that end between words, all else as one line."""
+    if sys.stdout.isatty():
+        width = stdout_console().width
+        text = textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+    print_line(text)
 
 
 def print_table(

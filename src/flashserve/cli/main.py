@@ -18,6 +18,7 @@ from flashserve.cli import adapters
 from flashserve.cli.backtest import backtest
 from flashserve.cli.calibrate import calibrate
 from flashserve.cli.config import config
+from flashserve.cli.decisions import decisions
 from flashserve.cli.forecast import forecast
 from flashserve.cli.fsck import fsck
 from flashserve.cli.generate import run
@@ -39,6 +40,7 @@ EXAMPLES: dict[Callable[..., None], list[str]] = {
         "flashserve deploy chat ~/models/chat --schedule 'mon-fri 08:00-18:00 min=1'",
     ],
     ps: ["flashserve ps", "flashserve ps --json"],
+    decisions: ["flashserve decisions", "flashserve decisions smollm2 --limit 100"],
     savings: ["flashserve savings", "flashserve savings --days 30 --json"],
     run: [
         'flashserve run smollm2 "What is the capital of France?"',

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from flashserve.cli import console
 from flashserve.cli.client import connect
 from flashserve.cli.options import AsJson, Name, Url, absolute_source
 from flashserve.cli.tiers import print_tiers, progress_of
+from flashserve.errors import InputError
 
 _COLUMNS: dict[str, Callable[[Any], str]] = {
     "name": str,
@@ -42,7 +44,8 @@ def deploy(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="A directory with a safetensors checkpoint, or demo:smollm2.",
+            help="A directory with a safetensors checkpoint, s3://bucket/prefix, hf://org/name, or "
+            "demo:smollm2.",
             show_default=False,
         ),
     ],
@@ -88,6 +91,8 @@ def deploy(
 
     The checkpoint is checked at once and loaded at the first request.
     """
+    if keep_alive is not None and not math.isfinite(keep_alive):
+        raise InputError(f"--keep-alive {keep_alive} is no number of seconds")
     given = {
         "keep_alive_s": keep_alive,
         "min_replicas": min_replicas,

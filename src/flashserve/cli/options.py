@@ -47,6 +47,14 @@ def parse_size(size: str) -> int:
     return num_bytes
 
 
+def check_page(html: Path) -> None:
+    """Says before the work what is known to keep `--html` from being written; raises InputError."""
+    if not html.absolute().parent.is_dir():
+        raise InputError(f"cannot write {html}: its directory does not exist")
+    if html.is_dir():
+        raise InputError(f"cannot write {html}: it is a directory")
+
+
 def make_data_dir(path: Path) -> None:
     """Private, because it holds what was deployed and the socket that needs no key."""
     try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashserve.cli import console
-from flashserve.cli.options import AsJson, parse_size
+from flashserve.cli.options import AsJson, check_page, parse_size
 from flashserve.errors import InputError
 
 if TYPE_CHECKING:
@@ -84,8 +84,8 @@ def simulate(
 
     names = [name.strip() for name in policy.split(",") if name.strip()] or list(trial.POLICIES)
     trial.check_names(names)  # what is wrong is said before the reading
-    if html is not None and not html.absolute().parent.is_dir():
-        raise InputError(f"cannot write {html}: its directory does not exist")
+    if html is not None:
+        check_page(html)
     wanted = scenario.Wanted(
         trace,
         fit_trace,
@@ -131,14 +131,14 @@ def _run(
 def _print(made: Scenario, found: list[Figures], html: Path | None) -> None:
     from flashserve.sim import report
 
-    console.print_line(f"{made.about.workload}: {made.about.text}")
-    console.print_line(f"prices: {report.priced(made.trial.prices)}")
+    console.print_text(f"{made.about.workload}: {made.about.text}")
+    console.print_text(f"prices: {report.priced(made.trial.prices)}")
     shown = [report.COLUMNS.index(name) for name in _COLUMNS]
     rows = [[row[index] for index in shown] for row in report.rows(found)]
     console.print_table(_COLUMNS, rows, right=_COLUMNS[1:])
     for each in found:
         if rejected := each.answers.rejected:
             console.print_line(f"{each.policy} rejected {rejected} of {each.answers.requests}")
-    console.print_line(_LEGEND)
+    console.print_text(_LEGEND)
     if html is not None:
         console.print_line(f"drawings and reasons are in {html}")

@@ -19,6 +19,7 @@ th { vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
 td.better { color: #06692d; font-weight: 600; }
 .short { background: #f3f5f7; padding: .6rem 1rem; border-left: 4px solid #3b6ea5; }
+h1, h2 { overflow-wrap: anywhere; }
 svg { max-width: 100%; height: auto; }
 """
 

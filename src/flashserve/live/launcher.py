@@ -55,9 +55,9 @@ async def launch(settings: Settings, nodes: Sequence[Node] | None = None) -> Asy
         await catalogue.open()
         clock, rates = MonotonicClock(), _measured_rates(settings.data_dir)
         prices = Prices.of(settings.price, worker_cores(settings.node))
-        _log.info("prices", **price_table(prices))
         policy = _make_policy("policy.name", settings.policy.name, prices)
         savings = _make_savings(settings, prices, rates, catalogue, clock)
+        _log.info("prices", **price_table(prices))
         agent = Agent(settings)
         runtime = Runtime(
             Controller(settings.policy, rates, policy, prices, settings.tenant_weights),

@@ -99,7 +99,7 @@ def price_table(prices: Prices) -> dict[str, float | str]:
     return {
         "currency": prices.currency,
         "worker": prices.worker_text,
-        "gpu_per_hour": prices.gpu_per_s * _HOUR_S,
+        "gpu_per_hour": round(prices.gpu_per_s * _HOUR_S, 9),
         "wait_per_s": prices.wait_per_s,
         "slo_miss": prices.slo_miss,
         "slo_s": prices.slo_s,

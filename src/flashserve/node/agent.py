@@ -150,7 +150,9 @@ class Agent:
                 yield dataclasses.replace(batch, is_fetched=True) if is_fetched else batch
 
     async def describe(self, uri: str) -> ModelFacts:
-        """A spare worker checks that the model can be built; a temporary one if none is spare."""
+        """A worker without requests checks that the model can be built, a temporary one if there is
+        none.
+        """
         snapshot = await self._queue.run(lambda: self._store.inspect(uri))
         lowest_tier = open_source(uri, self._settings.data_dir).lowest_tier
         return await describe(snapshot, lowest_tier, self._pool)

@@ -134,6 +134,11 @@ class Channel(asyncio.Protocol):
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
+    @property
+    def is_quiet(self) -> bool:
+        """The peer owes no answer and no item."""
+        return self.is_open and not self._calls and not self._streams
+
     async def call(
         self, method: str, body: object, kind: type[T], timeout_s: float | None = None
     ) -> T:

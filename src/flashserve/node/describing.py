@@ -7,6 +7,11 @@ from flashserve.node.pool import WorkerPool
 from flashserve.store.checkpoint.snapshot import Snapshot
 from flashserve.types import TensorSlice, Tier
 
+_MAX_TENSORS_BESIDE = 1000
+"""A model of so many is built, without its weights, within the time of a step or two. A worker that
+holds another model is not kept from its requests for longer than that.
+"""
+
 
 async def describe(snapshot: Snapshot, lowest_tier: Tier, pool: WorkerPool) -> ModelFacts:
     """What a node finds out about a source; spare workers begin to prepare for it.
@@ -36,9 +41,12 @@ async def describe(snapshot: Snapshot, lowest_tier: Tier, pool: WorkerPool) -> M
 
 
 async def _ask(order: DescribeModel, pool: WorkerPool) -> ModelDescription:
-    """A spare worker, of them the last in line for a replica; else one started for this."""
+    """A spare worker, of them the last in line for a replica, or one whose model has no requests;
+    else one that is started for this, which takes seconds.
+    """
     await pool.wait_any_ready()
-    if spare := pool.spare:
-        return await spare[-1].channel.call("describe", order, ModelDescription)
+    resting = pool.resting if len(order.tensors) <= _MAX_TENSORS_BESIDE else ()
+    if asked := pool.spare[-1:] or resting[:1]:
+        return await asked[0].channel.call("describe", order, ModelDescription)
     async with pool.temporary() as worker:
         return await worker.channel.call("describe", order, ModelDescription)

@@ -71,6 +71,12 @@ class WorkerPool:
     def spare(self) -> tuple[Worker, ...]:
         return tuple(self._spare)
 
+    @property
+    def resting(self) -> tuple[Worker, ...]:
+        """Those that hold a model and do nothing just now."""
+        held = (worker for worker in self._all if worker in self._ready - set(self._spare))
+        return tuple(worker for worker in held if worker.channel.is_quiet)
+
     def start(self) -> None:
         self._keepers = [asyncio.create_task(self._keep(slot)) for slot in range(self._size)]
 

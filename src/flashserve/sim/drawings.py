@@ -26,9 +26,10 @@ _NUM_POINTS = 150
 _NUM_SAMPLES = 200
 _WIDE = (8.4, 3.4)
 _LEAST_PART = 0.001
+_LEAST_SPAN = 1.5
 
 
-def frontier(found: Sequence[Figures], number_of_days: float) -> Markup:
+def frontier(found: Sequence[Figures], number_of_days: float, currency: str) -> Markup:
     """What a day costs against how long the slowest requests wait: lower left is better."""
 
     def draw(axes: Any) -> None:
@@ -37,7 +38,7 @@ def frontier(found: Sequence[Figures], number_of_days: float) -> Markup:
             for number, each in enumerate(found)
             if each.answers.ttft_p99_s is not None
         ]
-        axes.set(xlabel="cost a day", ylabel="p99 seconds to the first token")
+        axes.set(xlabel=f"cost a day, {currency}", ylabel="p99 seconds to the first token")
         if not points:
             axes.set(title="every policy rejected over 1 % of the requests")
             return
@@ -47,6 +48,7 @@ def frontier(found: Sequence[Figures], number_of_days: float) -> Markup:
             colour = f"C{number % 10}"
             axes.plot(cost, waited, _marker(number), color=colour, markersize=9, label=name)
         axes.set(xscale="log", yscale="log")
+        axes.set(xlim=_wide_enough(*axes.get_xlim()), ylim=_wide_enough(*axes.get_ylim()))
         _plain_ticks(axes.xaxis)
         _plain_ticks(axes.yaxis)
         axes.grid(visible=True, which="both", alpha=0.25)
@@ -202,6 +204,12 @@ def parts(found: Figures) -> Markup:
 def _samples(results: Results) -> slice:
     """Of the timeline, no more than can be seen."""
     return slice(None, None, -(-len(results.timeline.at) // _NUM_SAMPLES) or 1)
+
+
+def _wide_enough(low: float, high: float) -> tuple[float, float]:
+    """Limits of a logarithmic axis on which a difference of a percent looks like one."""
+    factor = max(1.0, (_LEAST_SPAN * low / high) ** 0.5)
+    return low / factor, high * factor
 
 
 def _plain_ticks(axis: Any) -> None:

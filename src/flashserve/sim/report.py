@@ -125,7 +125,7 @@ def page(ran: Sequence[tuple[Results, Figures]], about: About, prices: Prices) -
         "style": pages.STYLE,
         "about": about,
         "prices": priced(prices),
-        "frontier": drawings.frontier(found, days),
+        "frontier": drawings.frontier(found, days, prices.currency),
         "answers": pages.table(COLUMNS, rows(found)),
         "cold": drawings.cold_shares(found),
         "on_device": drawings.on_device([results for results, _ in ran]),

@@ -18,7 +18,7 @@ from flashserve.sim.profiles import Profile, load_profile
 from flashserve.sim.report import About
 from flashserve.sim.run import Cluster
 from flashserve.sim.trial import PREDICTIVE, Trial
-from flashserve.sim.workload import Workload, WorkloadSettings, make_workload
+from flashserve.sim.workload import MAX_REQUESTS, Workload, WorkloadSettings, make_workload
 
 FORECASTER = "hazard"
 """Fitted in a second; a server's `auto` takes minutes, and is idle less."""
@@ -66,6 +66,8 @@ def make(wanted: Wanted, names: Sequence[str], progress: Progress) -> Scenario:
     [model] = registry.make_models([wanted.forecaster], wanted.seed)
     if wanted.num_nodes > _MAX_NODES:
         raise InputError(f"--nodes {wanted.num_nodes} is more than {_MAX_NODES}")
+    if wanted.num_requests is not None and wanted.num_requests > MAX_REQUESTS:
+        raise InputError(f"--requests {wanted.num_requests} is more than {MAX_REQUESTS}")
     if wanted.hours is not None and not (wanted.hours > 0 and math.isfinite(wanted.hours)):
         raise InputError(f"--hours {wanted.hours:g} is no positive number")
     model_bytes = _model_bytes(wanted, profile)

@@ -38,7 +38,7 @@ Ints = npt.NDArray[np.int64]
 Arrival = tuple[float, RequestArrived, Job]
 _MINUTE_S = 60.0
 _NEAR_MINUTES = 30
-_MAX_REQUESTS = 50_000_000
+MAX_REQUESTS = 50_000_000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,9 +74,9 @@ class WorkloadSettings:
                 raise InputError(f"{name} is {getattr(self, name)}, not 0 or more")
         if not 0 <= self.adapter_share <= 1:
             raise InputError(f"adapter_share is {self.adapter_share}, not between 0 and 1")
-        if self.num_requests is not None and not 0 < self.num_requests <= _MAX_REQUESTS:
+        if self.num_requests is not None and not 0 < self.num_requests <= MAX_REQUESTS:
             raise InputError(
-                f"num_requests is {self.num_requests}, not between 1 and {_MAX_REQUESTS}"
+                f"num_requests is {self.num_requests}, not between 1 and {MAX_REQUESTS}"
             )
         if not self.model_bytes or min(self.model_bytes) <= 0:
             raise InputError("model_bytes must name at least one size, each above 0")
@@ -303,7 +303,7 @@ def _thin(
     counts = np.rint(rows).astype(np.int32)
     totals = counts.sum(axis=1, dtype=np.int64)
     if num_requests is None:
-        if totals.sum() > _MAX_REQUESTS:
+        if totals.sum() > MAX_REQUESTS:
             raise InputError(
                 f"the workload has {totals.sum():,} requests: thin it (num_requests, --requests)"
             )

@@ -30,6 +30,7 @@ from flashserve.messages.events import (
     Staged,
     StageFailed,
 )
+from flashserve.node import describing
 from flashserve.types import ModelSpec, ReplicaId, Tier
 
 
@@ -438,15 +439,50 @@ def test_a_described_source_is_checked_without_moving_its_bytes(
     run(check())
 
 
-def test_describing_takes_another_worker_when_none_is_spare(
-    kind: str, tmp_path: pathlib.Path
+def test_a_worker_whose_model_rests_describes_another_one(
+    kind: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def check() -> None:
         async with running_node(kind, make_settings(tmp_path)) as bench:
             model = fake_model(tmp_path, "m")
             await bench.started("m#1", model)
-            pids = bench.worker_pids()
+            monkeypatch.setenv("FAKE_WORKER_START", "fails")  # no further one is needed
             assert (await bench.node.describe(model.source)).architecture == "Fake"
-            assert bench.worker_pids() == pids
+            assert await bench.tokens("m#1", job("s", 2)) == [1000, 1001]
+
+    run(check())
+
+
+def test_describing_takes_another_worker_when_all_have_requests(
+    kind: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check() -> None:
+        async with running_node(kind, make_settings(tmp_path)) as bench:
+            model = fake_model(tmp_path, "m", step_s=0.001)
+            await bench.started("m#1", model)
+            pids = bench.worker_pids()
+            batches = bench.node.generate(ReplicaId("m#1"), job("s", 100_000))
+            async with contextlib.aclosing(batches):
+                await anext(batches)
+                assert (await bench.node.describe(model.source)).architecture == "Fake"
+                assert bench.worker_pids() == pids
+                monkeypatch.setenv("FAKE_WORKER_START", "fails")
+                with pytest.raises(ReplicaError, match="before it was ready"):
+                    await bench.node.describe(model.source)
+
+    run(check())
+
+
+def test_a_model_of_many_parts_keeps_no_other_from_its_requests(
+    kind: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check() -> None:
+        async with running_node(kind, make_settings(tmp_path)) as bench:
+            model = fake_model(tmp_path, "m")
+            await bench.started("m#1", model)
+            monkeypatch.setattr(describing, "_MAX_TENSORS_BESIDE", 0)
+            monkeypatch.setenv("FAKE_WORKER_START", "fails")
+            with pytest.raises(ReplicaError, match="before it was ready"):
+                await bench.node.describe(model.source)
 
     run(check())

@@ -109,6 +109,8 @@ def test_any_forecaster_may_speak() -> None:
         (["--nodes", "100000"], "--nodes 100000 is more than 10000"),
         (["--models", "1000000000"], "more than fits in memory: at most 208333, or fewer --hours"),
         (["--size", "2TB"], "2.0 TB is larger than the 1.6 TB of DRAM that a node of the profile"),
+        (["--requests", "100000000"], "--requests 100000000 is more than 50000000"),
+        (["--html", "/tmp"], "cannot write /tmp: it is a directory"),
         (["--size", "0"], "--size 0 is less than a byte"),
         (["--size", "large"], "--size large is no size such as 512MiB"),
     ],
