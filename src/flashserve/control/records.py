@@ -9,10 +9,10 @@ import dataclasses
 import enum
 import math
 
+from flashserve.control.demand import Demand
 from flashserve.control.shares import Shares
 from flashserve.policy.admission import Failure
 from flashserve.policy.cost import EXTENT_BYTES, WorkerState, extent_bytes
-from flashserve.policy.hazards import Hazards
 from flashserve.policy.plans import Plan
 from flashserve.types import (
     ModelId,
@@ -105,7 +105,7 @@ class Replica:
 
 
 @dataclasses.dataclass(slots=True)
-class Model:
+class Model(Demand):
     spec: ModelSpec
     waiting: dict[RequestId, Request] = dataclasses.field(default_factory=dict)
     shares: Shares = dataclasses.field(default_factory=Shares)
@@ -123,9 +123,6 @@ class Model:
     failure: Failure | None = None
     plan: Plan = dataclasses.field(default_factory=lambda: Plan(0, 0.0))
     """The policy's last answer."""
-    forecast: Hazards | None = None
-    """The newest; whether it is too old is for who reads it."""
-    last_arrival_at: float | None = None
     scale_out_at: float = math.inf
     """With more requests than this, the policy is asked for another replica."""
     room_seen: int = -1

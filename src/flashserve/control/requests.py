@@ -35,7 +35,8 @@ def arrive(state: State, event: RequestArrived, now: float) -> list[Command]:
     )
     if model is None:
         return [orders.reject(request, admission.refuse_unknown(event.model_id))]
-    model.last_used_at = model.last_arrival_at = now
+    model.last_used_at = now
+    model.request_came(now)
     model.is_dismissed = False
     state.policy.arrived(model.model_id, now)
     if refusal := _refusal(state, model, now):

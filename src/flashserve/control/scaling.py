@@ -20,7 +20,6 @@ from flashserve.messages.commands import Command
 from flashserve.messages.events import BoundsChanged, ForecastReady
 from flashserve.policy import keepalive
 from flashserve.policy.cost import WorkerState, startup_s
-from flashserve.policy.hazards import Hazards
 from flashserve.policy.placement import place
 from flashserve.policy.plans import Facts, bounded, trusted
 from flashserve.types import SeriesForecast
@@ -35,7 +34,7 @@ def forecast_ready(state: State, event: ForecastReady) -> list[Command]:
     """Series that are no deployed model's (an adapter's, or one just deleted) change nothing."""
     for forecast in event.forecasts:
         if model := state.find(forecast.series):
-            model.forecast = Hazards(forecast)
+            model.hear(forecast)
             if _may_matter(model, forecast):
                 state.unplanned[model.model_id] = model
     return []
@@ -130,6 +129,7 @@ def _facts(state: State, model: Model) -> Facts:
         len(model.waiting),
         idle_since if math.isfinite(idle_since) else None,
         model.last_arrival_at,
+        model.unseen_since,
         state.keep_alive_s(model),
         spec.keep_alive_s is not None,
         bounded(spec.scaling, state.settings.max_replicas),

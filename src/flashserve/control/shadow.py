@@ -34,7 +34,6 @@ from flashserve.messages.events import (
 )
 from flashserve.policy import keepalive
 from flashserve.policy.cost import UNMEASURED, Rates, WorkerState, startup_s
-from flashserve.policy.hazards import Hazards
 from flashserve.policy.plans import Facts, Policy, bounded, trusted
 from flashserve.types import ModelId, ModelSpec, NodeId, RequestId, Tier
 
@@ -108,7 +107,7 @@ class Shadow:
             case ForecastReady():
                 for forecast in event.forecasts:
                     if model := self._models.get(forecast.series):
-                        model.forecast = Hazards(forecast)
+                        model.hear(forecast)
                         self._review(model, now)
             case NodeJoined():
                 self._limit = event.node.max_sequences
@@ -125,7 +124,7 @@ class Shadow:
         if model is None or event.request_id in self._requests:
             return
         self.policy.arrived(model.model_id, now)
-        model.last_arrival_at = now
+        model.request_came(now)
         ran = self._requests[event.request_id] = Ran(event.request_id, model, now)
         self._active[model.model_id] = model
         model.settle(now)
@@ -303,6 +302,7 @@ class Shadow:
             model.num_waiting,
             model.all_idle_since,
             model.last_arrival_at,
+            model.unseen_since,
             keepalive.keep_alive_s(spec, self._settings.keep_alive_s),
             spec.keep_alive_s is not None,
             bounded(spec.scaling, self._settings.max_replicas),

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections import deque
 
+from flashserve.control.demand import Demand
 from flashserve.control.usage import WorkerUsage
-from flashserve.policy.hazards import Hazards
 from flashserve.policy.keepalive import expires_at
 from flashserve.types import ModelId, ModelSpec, RequestId
 
@@ -40,10 +40,11 @@ class Ran:
         self.has_left = False
 
 
-class ShadowModel:
+class ShadowModel(Demand):
     """`settle` first, then change: usage is counted up to the last settling."""
 
     def __init__(self, spec: ModelSpec, now: float) -> None:
+        super().__init__()
         self.spec = spec
         self.ready = self.loading = 0
         """Replicas."""
@@ -52,8 +53,6 @@ class ShadowModel:
         self.usage = WorkerUsage()
         self.has_bytes = False
         self.is_deleted = False
-        self.last_arrival_at: float | None = None
-        self.forecast: Hazards | None = None
         self.due = self.scheduled = math.inf
         """When it is to be looked at again, and the earliest entry that sees to it."""
         self._starts: deque[tuple[float, int]] = deque()

@@ -35,6 +35,8 @@ from flashserve.types import SeriesForecast
 
 VERSION = 1
 MAX_TOLD_MINUTES = 60
+REFRESH_MINUTES = 10
+"""A forecast that does not change is told again, so that it is not taken for one that is late."""
 _MAX_QUIET_MINUTES = 10
 _MAX_TIME_S = 1e11
 # Chances below this one are all alike to who decides what to warm.
@@ -187,6 +189,14 @@ class Forecaster:
         is_news |= np.array([name in also for name in outlook.names], np.bool_)
         self._told.set(rows[is_news], size[is_news], sources[is_news])
         return [outlook.forecast(row).told() for row in np.flatnonzero(is_news).tolist()]
+
+    def told_again(self, arrived: Iterable[str]) -> set[str]:
+        """Series to tell of after this minute even if their forecast stayed: those of which
+        something arrived in it, since who reads a forecast must know whether it has seen that, and
+        the others each in its turn, so that none is old.
+        """
+        names = list(self._row_of)
+        return {*arrived, *names[self.minute % REFRESH_MINUTES :: REFRESH_MINUTES]}
 
     def use(self, model: FollowingModel) -> None:
         """Go on with another model of the same layout: the same one, fitted anew.

@@ -45,8 +45,6 @@ from flashserve.types import ModelId, SeriesForecast
 LEADS_S = tuple(60.0 * lead for lead in GRID)
 _AFTER_S = 0.5
 """A minute is told so long after its end."""
-_REFRESH_MINUTES = 10
-"""A forecast that does not change is told again, so that it is not taken for one that is late."""
 _SAVE_MINUTES = 5
 """What came since is in the catalogue, and is told again after a crash."""
 _FIRST_RETRY_S, _LAST_RETRY_S = 60.0, 3600.0
@@ -361,9 +359,7 @@ def _told(
     for count in counts:
         forecaster.observe_minute(count.series, count.minute, count.count)
     forecaster.tick(now)
-    names = forecaster.names
-    also = {count.series for count in counts}
-    also.update(map(ModelId, names[forecaster.minute % _REFRESH_MINUTES :: _REFRESH_MINUTES]))
+    also = forecaster.told_again(count.series for count in counts)
     return [each for each in forecaster.forecasts(LEADS_S, also) if ":" not in each.series]
 
 

@@ -23,7 +23,9 @@ class Facts(NamedTuple):
     tier: where its bytes are nearest, replicas apart; restart_s: what a start from there would
     take; prefill_s: from dispatch to first token; run_s: how long a request occupies its place;
     limit: requests that one replica takes at once; num_replicas: starting and ready ones;
-    idle_since: since when none of them has had work, None while one has or there is none.
+    idle_since: since when none of them has had work, None while one has or there is none;
+    unseen_since: when the first request came that the forecast does not know of, None when it
+    knows all.
     """
 
     model_id: ModelId
@@ -38,6 +40,7 @@ class Facts(NamedTuple):
     waiting: int
     idle_since: float | None
     last_arrival_at: float | None
+    unseen_since: float | None
     keep_alive_s: float
     """The model's own, or the server's."""
     has_own_keep_alive: bool

@@ -56,21 +56,28 @@ class Predictive:
         if forecast is None or not self._is_trusted(forecast, facts, now):
             reason = f"no forecast: keep-alive {text.seconds(facts.keep_alive_s)}"
             return Plan(clamp(by_load, facts), facts.keep_alive_s, reason=reason)
-        next_due = forecast.made_at + self._window_s + _LATE_S
-        if facts.last_arrival_at is not None and facts.last_arrival_at > forecast.made_at:
-            return self._until_next(facts, by_load, next_due, now)
+        if facts.unseen_since is not None:
+            return self._until_next(facts, by_load, self._next_due(forecast, facts), now)
         return self._by_chance(facts, forecast, by_load, now)
 
     def _is_trusted(self, forecast: Hazards, facts: Facts, now: float) -> bool:
-        """Recent enough, and not made long before an arrival that a later one should have seen."""
+        """Recent enough, and no later one is missed that should know of a request by now."""
         if not forecast.is_sound:
             return False
-        age_s = now - forecast.made_at
-        seen_s = (facts.last_arrival_at or -math.inf) - forecast.made_at
-        limit_s = forecast.leads_s[-1] * _MAX_AGE
-        if seen_s > 0:
-            limit_s = min(limit_s, 2 * self._window_s + _LATE_S)
-        return -_LATE_S <= age_s <= limit_s
+        if not -_LATE_S <= now - forecast.made_at <= forecast.leads_s[-1] * _MAX_AGE:
+            return False
+        if facts.unseen_since is None:
+            return True
+        return now <= self._next_due(forecast, facts) + self._window_s
+
+    def _next_due(self, forecast: Hazards, facts: Facts) -> float:
+        """When the forecast that knows of the first unseen request is there at the latest.
+
+        A model's forecast is made each window and told when it has changed, or a request came.
+        """
+        assert facts.unseen_since is not None
+        windows = math.ceil((facts.unseen_since - forecast.made_at) / self._window_s)
+        return forecast.made_at + max(windows, 1) * self._window_s + _LATE_S
 
     def _until_next(self, facts: Facts, by_load: int, next_due: float, now: float) -> Plan:
         """Something arrived since the forecast was made: the gaps between requests decide.

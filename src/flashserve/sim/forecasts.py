@@ -47,7 +47,7 @@ def forecast_events(
 ) -> Iterator[Timed]:
     """ForecastReady events at the end of each simulated minute, in order.
 
-    Said are series whose forecast changed; see `Forecaster.forecasts`.
+    Said are series whose forecast changed, and those of `Forecaster.told_again`, as in a server.
 
     Args:
         model: fitted.
@@ -171,15 +171,18 @@ def _said(
         for number in range(num_past):
             _close(forecaster, past, number, number - num_past)
     for minute in range(history.counts.shape[1]):
-        _close(forecaster, history, minute, minute)
-        yield minute, forecaster.forecasts(leads_s)
+        arrived = _close(forecaster, history, minute, minute)
+        yield minute, forecaster.forecasts(leads_s, forecaster.told_again(arrived))
 
 
-def _close(forecaster: Forecaster, history: History, column: int, minute: int) -> None:
+def _close(forecaster: Forecaster, history: History, column: int, minute: int) -> list[str]:
+    """Tell of a minute; the series of which something arrived."""
     counts = history.counts[:, column]
-    for row in np.flatnonzero(counts).tolist():
+    rows = np.flatnonzero(counts).tolist()
+    for row in rows:
         forecaster.observe_minute(history.names[row], minute, float(counts[row]))
     forecaster.close_minute()
+    return [history.names[row] for row in rows]
 
 
 def _check(model: ArrivalModel, history: History, past: History | None) -> FollowingModel:

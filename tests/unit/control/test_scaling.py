@@ -173,6 +173,16 @@ def test_bytes_of_a_model_that_is_expected_come_to_dram_ahead() -> None:
     assert forecast(f, "a", 0.5) == [], "it is on its way"
 
 
+def test_a_request_long_after_the_last_forecast_does_not_hold_a_worker_for_the_keep_alive() -> None:
+    f = fleet(model("a"), keep_alive_s=300.0)
+    forecast(f, "a", 0.001)
+    f.now = 500.0  # nothing has changed since, so nothing was told
+    f.arrive("r1", "a")
+    f.answer_all()
+    f.finish("r1")
+    assert "after a request" in f.controller.model_view(ModelId("a")).plan
+
+
 def test_a_quiet_model_is_not_planned_anew_for_each_forecast_that_changes_nothing() -> None:
     class Counting(Predictive):
         num_plans = 0

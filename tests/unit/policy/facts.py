@@ -24,6 +24,7 @@ def facts(**changes: object) -> Facts:
         waiting=0,
         idle_since=None,
         last_arrival_at=None,
+        unseen_since=None,
         keep_alive_s=300.0,
         has_own_keep_alive=False,
         scaling=Scaling(0, 4),

@@ -80,7 +80,13 @@ def test_after_new_requests_the_gaps_between_them_decide_until_the_next_forecast
     for number in range(20):
         chatty.arrived(ModelId("m"), 3.0 * number - 30.0)
         lonely.arrived(ModelId("m"), 500.0 * number - 9470.0)
-    known = facts(num_replicas=1, idle_since=32.0, last_arrival_at=30.0, forecast=forecast(0.001))
+    known = facts(
+        num_replicas=1,
+        idle_since=32.0,
+        last_arrival_at=30.0,
+        unseen_since=30.0,
+        forecast=forecast(0.001),
+    )
     kept, stopped = (each.plan(known, now=32.0) for each in (chatty, lonely))
     assert kept.keep_idle_s > 1.0
     assert kept.review_at == 80.0  # the next one is due at 60 s, and 20 s late at the latest
@@ -89,13 +95,31 @@ def test_after_new_requests_the_gaps_between_them_decide_until_the_next_forecast
 
 
 def test_while_a_forecast_is_late_nobody_asks_again_before_it_is_trusted_no_more() -> None:
-    known = facts(num_replicas=1, last_arrival_at=30.0, forecast=forecast(0.0001))
+    known = facts(
+        num_replicas=1, last_arrival_at=30.0, unseen_since=30.0, forecast=forecast(0.0001)
+    )
     assert policy().plan(known, now=79.0).review_at == 80.0
     assert policy().plan(known, now=80.0).review_at == 140.0
 
 
+def test_a_forecast_that_stayed_as_it_was_is_late_only_once_it_has_missed_a_request() -> None:
+    known = facts(
+        num_replicas=1,
+        idle_since=1505.0,
+        last_arrival_at=1501.0,
+        unseen_since=1501.0,
+        forecast=forecast(0.0001),
+    )
+    plan = policy().plan(known, now=1505.0)
+    assert "after a request 4.0 s ago" in plan.reason
+    assert plan.review_at == 1580.0
+    assert policy().plan(known, now=1641.0).reason == "no forecast: keep-alive 300 s"
+
+
 def test_when_forecasts_stop_coming_the_keep_alive_takes_over() -> None:
-    known = facts(num_replicas=1, last_arrival_at=30.0, forecast=forecast(0.0001))
+    known = facts(
+        num_replicas=1, last_arrival_at=30.0, unseen_since=30.0, forecast=forecast(0.0001)
+    )
     assert policy().plan(known, now=150.0).reason == "no forecast: keep-alive 300 s"
 
 
