@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import structlog
 
@@ -21,7 +21,7 @@ from flashserve.live.catalogue import Catalogue
 from flashserve.live.savingsreport import Report, make_report
 from flashserve.live.usagerows import Accounts, Compared, ShadowSeries
 from flashserve.messages.commands import Command
-from flashserve.messages.events import Event
+from flashserve.messages.events import Event, ModelDeleted, ModelDeployed
 from flashserve.policy.cost import Prices
 from flashserve.types import ModelId
 
@@ -52,13 +52,14 @@ class Savings:
         self.broken: dict[str, str] = {}
         """Shadows that failed, by policy, with the reason; they count no more."""
         self.since_start = Accounts()
-        """For metrics; adapters count with their base."""
+        """For metrics; adapters count with their base. Of models that are deployed."""
         self._ledger: Ledger | None = Ledger(prices.slo_s)
         self._shadows = {shadow.policy.name: shadow for shadow in shadows}
         self.prices = prices
         self._catalogue = catalogue
         self._now = now
         self._unix_time = unix_time
+        self._deployed: set[ModelId] = set()
         self._pending: dict[int, Accounts] = {}
         """By day: what was counted and is not written yet."""
         self._dropped_before: int | None = None
@@ -66,6 +67,10 @@ class Savings:
 
     def observe(self, event: Event, commands: Sequence[Command], now: float) -> None:
         """One event with what it caused. A shadow that fails is put aside; the server goes on."""
+        if isinstance(event, ModelDeployed):
+            self._deployed.add(event.model.model_id)
+        elif isinstance(event, ModelDeleted):
+            self._deployed.discard(event.model_id)
         if self._ledger is not None:
             try:
                 self._ledger.observe(event, commands, now)
@@ -80,24 +85,48 @@ class Savings:
 
     def gather(self) -> None:
         """Take over what was counted up to now."""
-        now, accounts = self._now(), Accounts()
-        if self._ledger is not None:
-            accounts.usage = self._ledger.drain(now)
-        live = _by_model(accounts.usage)
-        for name, shadow in list(self._shadows.items()):
+        for _ in self._gather():
+            pass
+
+    def _gather(self) -> Iterator[None]:
+        """In parts, between which events may be observed: an always-on shadow of many models takes
+        a while. Every part begins where it ended the last time, so that nothing is lost or counted
+        twice.
+        """
+        usage = self._ledger.drain(self._now()) if self._ledger is not None else {}
+        live = _by_model(usage)
+        self._add(Accounts(usage=usage))
+        for name in list(self._shadows):
+            yield
+            if (shadow := self._shadows.get(name)) is None:
+                continue
             try:
-                taken = shadow.drain(now)
+                taken = shadow.drain(self._now())
             except Exception as error:
                 self._put_aside(name, error)
                 continue
-            accounts.compared |= _compare(name, taken, live)
-        self.since_start.add(_without_adapters(accounts))
-        self._pending.setdefault(self._today, Accounts()).add(accounts)
+            self._add(Accounts(compared=_compare(name, taken, live)))
+
+    def _add(self, accounts: Accounts) -> None:
+        """Metrics are only of models that there are, without adapters, so that they do not pile
+        up.
+        """
+        for series, taken in accounts.usage.items():
+            if series.model_id in self._deployed:
+                self.since_start.add_usage(series._replace(adapter=""), taken)
+        for key, compared in accounts.compared.items():
+            if key[1] in self._deployed:
+                self.since_start.add_compared(key, compared)
+        if waiting := self._pending.get(self._today):
+            waiting.add(accounts)
+        else:
+            self._pending[self._today] = accounts
 
     async def flush(self) -> None:
         """Write what was counted. What cannot be written is kept for the next time, and logged."""
         async with self._flushing:
-            self.gather()
+            for _ in self._gather():
+                await asyncio.sleep(0)
             while self._pending:
                 day, accounts = self._pending.popitem()
                 try:
@@ -153,14 +182,6 @@ class Savings:
         return int(self._unix_time() // _DAY_S)
 
 
-def _without_adapters(accounts: Accounts) -> Accounts:
-    """So that adapters which come and go do not pile up."""
-    kept = Accounts(compared=accounts.compared)
-    for series, taken in accounts.usage.items():
-        kept.usage.setdefault(series._replace(adapter=""), WorkerUsage()).add(taken)
-    return kept
-
-
 def _by_model(usage: dict[Series, WorkerUsage]) -> dict[ModelId, WorkerUsage]:
     sums: dict[ModelId, WorkerUsage] = {}
     for series, taken in usage.items():
@@ -173,9 +194,11 @@ def _compare(
 ) -> dict[ShadowSeries, Compared]:
     compared = {}
     for model_id in taken.keys() | live.keys():
-        pair = Compared()
-        pair.shadow.add(taken.get(model_id, WorkerUsage()))
-        pair.live.add(live.get(model_id, WorkerUsage()))
-        if not (pair.shadow.is_nothing and pair.live.is_nothing):
-            compared[policy, model_id] = pair
+        shadow, known = taken.get(model_id), live.get(model_id)
+        if (shadow is None or shadow.is_nothing) and (known is None or known.is_nothing):
+            continue
+        own = WorkerUsage()  # `live` is compared with each shadow
+        if known is not None:
+            own.add(known)
+        compared[policy, model_id] = Compared(shadow or WorkerUsage(), own)
     return compared

@@ -63,10 +63,21 @@ class Accounts:
     first_day: int | None = None
 
     def add(self, other: Accounts) -> None:
+        """`other` keeps what it has: nothing of it becomes part of this."""
         for series, usage in other.usage.items():
-            self.usage.setdefault(series, WorkerUsage()).add(usage)
+            self.add_usage(series, usage)
         for key, compared in other.compared.items():
-            self.compared.setdefault(key, Compared()).add(compared)
+            self.add_compared(key, compared)
+
+    def add_usage(self, series: Series, usage: WorkerUsage) -> None:
+        if (known := self.usage.get(series)) is None:
+            known = self.usage[series] = WorkerUsage()
+        known.add(usage)
+
+    def add_compared(self, key: ShadowSeries, compared: Compared) -> None:
+        if (known := self.compared.get(key)) is None:
+            known = self.compared[key] = Compared()
+        known.add(compared)
 
 
 def add(connection: sqlite3.Connection, day: int, accounts: Accounts) -> None:

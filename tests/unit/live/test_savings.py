@@ -20,6 +20,7 @@ from flashserve.live.savingsreport import Line, Report
 from flashserve.messages.commands import StartReplica
 from flashserve.messages.events import (
     Event,
+    ModelDeleted,
     ModelDeployed,
     NodeJoined,
     ReplicaReady,
@@ -221,3 +222,45 @@ def test_sums_are_of_all_fields() -> None:
     usage.add(usage)
     assert usage == WorkerUsage(2.0, 4.0, 6.0, 8.0, 10, 12, 14)
     assert usage.held_s == 12.0
+
+
+def test_events_between_the_parts_of_a_flush_are_neither_lost_nor_counted_twice(
+    tmp_path: Path,
+) -> None:
+    async def act(catalogue: Catalogue) -> Report:
+        rig = Rig(catalogue, always_on(), Shadow(FixedKeepAlive(600.0), PolicySettings(), 1.0))
+        rig.request("a", "acme", 100.0, 10.0)
+        rig.wait(150.0)
+        flushing = asyncio.create_task(rig.savings.flush())
+        for number in range(5):
+            rig.request(f"b{number}", "acme", 200.0 + 20 * number, 10.0)
+            await asyncio.sleep(0)
+        await flushing
+        rig.wait(2000.0)
+        return await rig.savings.report(7)
+
+    report = play(tmp_path, act)
+    assert report.total.requests == 6
+    assert report.total.busy_s == pytest.approx(60.0)
+    for other in report.against:
+        assert other.shadow.requests == other.live.requests == 6
+        assert other.shadow.busy_s == pytest.approx(other.live.busy_s) == pytest.approx(60.0)
+
+
+def test_metrics_forget_a_deleted_model_whatever_it_took_last(tmp_path: Path) -> None:
+    async def act(catalogue: Catalogue) -> Rig:
+        rig = Rig(catalogue, always_on())
+        rig.request("a", "acme", 100.0, 10.0)
+        rig.savings.gather()
+        assert rig.savings.since_start.usage
+        rig.wait(150.0)
+        rig.tell(ModelDeleted(M), 160.0)
+        rig.savings.forget_model(M)
+        rig.savings.gather()
+        assert not rig.savings.since_start.usage
+        assert not rig.savings.since_start.compared
+        report = await rig.savings.report(7)
+        assert report.total.idle_s > 0
+        return rig
+
+    play(tmp_path, act)
