@@ -89,19 +89,19 @@ class Replica:
     adapters: dict[str, None] = dataclasses.field(default_factory=dict)
     """Those that it has answered with, least recently first."""
     prefixes: dict[int, None] = dataclasses.field(default_factory=dict)
+    model_id: ModelId = dataclasses.field(init=False)  # an attribute, since all ask for it
 
-    @property
-    def model_id(self) -> ModelId:
-        return self.model.model_id
+    def __post_init__(self) -> None:
+        self.model_id = self.model.model_id
 
     @property
     def is_idle(self) -> bool:
-        return self.status is Status.READY and not self.in_flight
+        return not self.in_flight and self.status is Status.READY
 
     @property
     def is_spare(self) -> bool:
         """Idle, and may give way to another model."""
-        return self.is_idle and not self.is_kept
+        return not self.in_flight and self.status is Status.READY and not self.is_kept
 
 
 @dataclasses.dataclass(slots=True)
@@ -143,10 +143,10 @@ class Model(Demand):
     """The node on which replicas drain so that this model gets room."""
     is_deleted: bool = False
     """Only its last replicas remain."""
+    model_id: ModelId = dataclasses.field(init=False)  # == spec.model_id, whatever spec it has
 
-    @property
-    def model_id(self) -> ModelId:
-        return self.spec.model_id
+    def __post_init__(self) -> None:
+        self.model_id = self.spec.model_id
 
     @property
     def is_wanting(self) -> bool:
@@ -199,14 +199,13 @@ class Node:
     unanswered_evicts: dict[ModelId, int] = dataclasses.field(default_factory=dict)
     stage_failures: dict[ModelId, int] = dataclasses.field(default_factory=dict)
     claims: dict[ModelId, None] = dataclasses.field(default_factory=dict)
+    node_id: NodeId = dataclasses.field(init=False)
+    capacity_bytes: int = dataclasses.field(init=False)
 
-    @property
-    def node_id(self) -> NodeId:
-        return self.spec.node_id
-
-    @property
-    def capacity_bytes(self) -> int:
-        return self.spec.dram_bytes // EXTENT_BYTES * EXTENT_BYTES
+    def __post_init__(self) -> None:
+        """The spec of a node stays: one that joins anew is another Node."""
+        self.node_id = self.spec.node_id
+        self.capacity_bytes = self.spec.dram_bytes // EXTENT_BYTES * EXTENT_BYTES
 
     @property
     def free_bytes(self) -> int:
@@ -221,7 +220,8 @@ class Node:
         return sum(replica.is_kept for replica in self.replicas.values())
 
     def replicas_of(self, model: Model) -> list[Replica]:
-        return [r for r in model.replicas.values() if r.node_id == self.node_id]
+        node_id = self.node_id
+        return [r for r in model.replicas.values() if r.node_id == node_id]
 
     def has_room(self, spec: ModelSpec) -> bool:
         """Whether the model's bytes fit once all that is neither pinned nor its own is evicted."""

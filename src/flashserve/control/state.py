@@ -104,17 +104,17 @@ class State:
 
     def nearest(self, model: Model) -> tuple[NodeId, Tier]:
         """The node that has most of the model, or any, and where it has it."""
-        node_id = next(iter(model.dram_nodes or model.disk_nodes or self.nodes), NodeId(""))
-        node = self.nodes.get(node_id)
-        return node_id, self.tier_on(model, node) if node else model.spec.lowest_tier
+        for node_id in model.dram_nodes or model.disk_nodes or self.nodes:
+            return node_id, self.tier_on(model, self.nodes[node_id])
+        return NodeId(""), model.spec.lowest_tier
 
     def tier_on(self, model: Model, node: Node) -> Tier:
         """Where one node has the model's bytes, replicas apart."""
         resident = node.resident.get(model.model_id)
         if resident and resident.is_loaded:
             return Tier.DRAM
-        fetched = Tier.DISK if node.node_id in model.disk_nodes else Tier.REMOTE
-        return max(model.spec.lowest_tier, fetched)
+        lowest = model.spec.lowest_tier
+        return Tier.DISK if lowest < Tier.DISK and node.node_id in model.disk_nodes else lowest
 
     # Requests
 
@@ -321,12 +321,15 @@ class State:
         resident = node.resident.get(model.model_id)
         if resident is None:
             return
-        here = node.replicas_of(model)
-        pinned = resident.is_staging or any(not replica.is_spare for replica in here)
+        pinned, is_here = resident.is_staging, False
+        for replica in model.replicas.values():
+            if replica.node_id == node.node_id:
+                is_here = True
+                pinned = pinned or not replica.is_spare
         if pinned != resident.is_pinned:
             resident.is_pinned = pinned
             node.pinned_bytes += resident.num_bytes if pinned else -resident.num_bytes
-        if pinned or here:
+        if pinned or is_here:
             node.evictable.pop(model.model_id, None)
         else:
             node.evictable.setdefault(model.model_id)
@@ -387,8 +390,10 @@ class State:
 
     def _keep_alive_ends(self, replica: Replica) -> float | None:
         """When an idle replica stops; None while it works or its model's plan wants it."""
+        if not replica.is_idle:
+            return None
         model = self.models[replica.model_id]
-        if not replica.is_idle or model.num_serving <= model.plan.replicas:
+        if model.num_serving <= model.plan.replicas:
             return None
         return keepalive.expires_at(replica.changed_at, model.plan.keep_idle_s)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import heapq
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -45,21 +46,28 @@ class Timers:
 
     def schedule(self, timer: Timer, when: float) -> None:
         """See to it that `timer` is looked at no later than `when`."""
-        if when < self._scheduled.get(timer, float("inf")):
+        if when < self._scheduled.get(timer, math.inf):
             self._scheduled[timer] = when
             heapq.heappush(self._heap, (when, timer))
 
-    def next_due(self) -> float | None:
-        """The earliest time at which something is due."""
-        while self._heap:
-            when, timer = self._heap[0]
+    def next_due(self, until: float = math.inf) -> float | None:
+        """The earliest time at which something is due; None when that is not by `until`.
+
+        Entries after `until` are not asked about, so that who has something else to do before
+        them pays a comparison.
+        """
+        heap = self._heap
+        while heap:
+            when, timer = heap[0]
+            if when > until:
+                return None
             if self._scheduled.get(timer) != when:
-                heapq.heappop(self._heap)
+                heapq.heappop(heap)
                 continue
             due = self._due_at(timer)
             if due == when:
                 return when
-            heapq.heappop(self._heap)
+            heapq.heappop(heap)
             del self._scheduled[timer]
             if due is not None:
                 self.schedule(timer, due)
@@ -68,8 +76,7 @@ class Timers:
     def pop_due(self, now: float, limit: int) -> Iterator[Timer]:
         """Timers that are due, earliest first, so many at most; ones scheduled meanwhile count."""
         for _ in range(limit):
-            when = self.next_due()
-            if when is None or when > now:
+            if self.next_due(now) is None:
                 return
             _, timer = heapq.heappop(self._heap)
             del self._scheduled[timer]

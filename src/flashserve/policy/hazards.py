@@ -48,7 +48,9 @@ class Hazards:
 
     def chance(self, now: float, lead_s: float) -> float:
         """P(arrival in [now, now + lead_s]), given that nothing came since it was made."""
-        return -math.expm1(-self._between(max(now - self.made_at, 0.0), lead_s))
+        assert self.is_sound
+        age_s = max(now - self.made_at, 0.0)
+        return -math.expm1(self._at(age_s) - self._at(age_s + lead_s))
 
     def rate(self, now: float) -> float:
         """Starts to expect per second: the mean hazard of the near future, mostly.
@@ -57,11 +59,13 @@ class Hazards:
         part of the mean over all leads ranks what they say nothing of. That is not the rate of
         requests: a burst needs one start.
         """
+        assert self.is_sound
         age_s = max(now - self.made_at, 0.0)
         left_s = max(self.leads_s[-1] - age_s, _MIN_LEFT_S)
         near_s = min(_NEAR_S, left_s)
-        near = min(self._between(age_s, near_s), _MAX_HAZARD) / near_s
-        far = min(self._between(age_s, left_s), _MAX_HAZARD) / left_s
+        now_at = self._at(age_s)
+        near = min(self._at(age_s + near_s) - now_at, _MAX_HAZARD) / near_s
+        far = min(self._at(age_s + left_s) - now_at, _MAX_HAZARD) / left_s
         return near + _FAR_SHARE * (far - near)
 
     def count(self, lead_s: float, level: float) -> float:
@@ -75,10 +79,9 @@ class Hazards:
         upper = max(at_lead(self.leads_s, self.said.upper, lead_s), mean)
         return max(mean + score / _UPPER_SCORE * (upper - mean), 0.0)
 
-    def _between(self, age_s: float, lead_s: float) -> float:
-        assert self.is_sound
-        leads_s, by_lead = self.leads_s, self._by_lead
-        return at_lead(leads_s, by_lead, age_s + lead_s) - at_lead(leads_s, by_lead, age_s)
+    def _at(self, age_s: float) -> float:
+        """The hazard from its making until that age."""
+        return at_lead(self.leads_s, self._by_lead, age_s)
 
 
 def hazard(p: float) -> float:

@@ -115,31 +115,29 @@ def trusted(plan: Plan, facts: Facts, now: float) -> Plan:
     model's keep-alive, a review that is due already (or is no time) comes in a moment, and a rate
     that is none is left out.
     """
-    replicas = clamp(plan.replicas, facts)
-    keep_idle_s = plan.keep_idle_s if plan.keep_idle_s >= 0 else facts.keep_alive_s  # NaN is not
-    is_ahead = plan.review_at >= now + _SOONEST_S  # NaN is not
-    review_at = plan.review_at if is_ahead else now + _MIN_REVIEW_S
-    rate_per_s = plan.rate_per_s
-    if rate_per_s is not None and not 0 <= rate_per_s < math.inf:
-        rate_per_s = None
-    if (replicas, keep_idle_s, review_at, rate_per_s) == (
-        plan.replicas,
-        plan.keep_idle_s,
-        plan.review_at,
-        plan.rate_per_s,
-    ):
+    replicas, keep_idle_s, review_at, rate_per_s, *_ = plan
+    is_kept_for_long = keep_idle_s >= 0  # NaN is not
+    is_ahead = review_at >= now + _SOONEST_S  # NaN is not
+    is_rate = rate_per_s is None or 0 <= rate_per_s < math.inf
+    within = clamp(replicas, facts)
+    if within == replicas and is_kept_for_long and is_ahead and is_rate:
         return plan
     return plan._replace(
-        replicas=replicas,
-        keep_idle_s=keep_idle_s,
-        review_at=review_at,
-        rate_per_s=rate_per_s,
+        replicas=within,
+        keep_idle_s=keep_idle_s if is_kept_for_long else facts.keep_alive_s,
+        review_at=review_at if is_ahead else now + _MIN_REVIEW_S,
+        rate_per_s=rate_per_s if is_rate else None,
     )
 
 
 def clamp(replicas: float, facts: Facts) -> int:
     """Within the model's bounds; what is no number is their least."""
-    return int(min(max(facts.scaling.min_replicas, replicas), facts.max_replicas))
+    scaling = facts.scaling
+    most = scaling.max_replicas
+    assert most is not None
+    if replicas > scaling.min_replicas:
+        return int(replicas) if replicas < most else most
+    return scaling.min_replicas
 
 
 def replicas_for_load(facts: Facts) -> int:

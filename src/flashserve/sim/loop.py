@@ -119,7 +119,7 @@ class Simulation:
         while True:
             due = heap[0][0] if heap else math.inf
             at = min(due, script.at, arrivals.at)
-            wakeup = next_wakeup()
+            wakeup = next_wakeup(at)
             if wakeup is not None and wakeup < at:
                 at = max(wakeup, self.now)
                 if at > until:
