@@ -109,6 +109,19 @@ class Estimates:
             self._averages[Quantity.INIT_S].get(model_id, default[Quantity.INIT_S]),
         )
 
+    def startup_s(self, node_id: NodeId, model_id: ModelId, size_bytes: int, tier: Tier) -> float:
+        """Of a start on a spare worker: as `cost.startup_s` of `costs`, without a value between."""
+        averages, default = self._averages, self._default
+        place, init, dram = Quantity.PLACE_SPARE_S, Quantity.INIT_S, Quantity.DRAM_BYTES_PER_S
+        seconds = averages[place].get(node_id, default[place])
+        seconds += averages[init].get(model_id, default[init])
+        seconds += size_bytes / averages[dram].get(node_id, default[dram])
+        if tier < Tier.DRAM:
+            is_remote = tier is Tier.REMOTE
+            below = Quantity.REMOTE_BYTES_PER_S if is_remote else Quantity.DISK_BYTES_PER_S
+            seconds += size_bytes / averages[below].get(node_id, default[below])
+        return seconds
+
     def observe_start(
         self,
         node_id: NodeId,

@@ -22,6 +22,7 @@ from flashserve.types import (
     Phases,
     ReplicaId,
     RequestId,
+    Scaling,
     Tier,
 )
 
@@ -33,6 +34,9 @@ class Status(enum.Enum):
     READY = "ready"
     DRAINING = "draining"
     """It finishes what it runs and takes no more."""
+
+
+_UNTOLD = Phases()
 
 
 @dataclasses.dataclass(slots=True)
@@ -51,7 +55,7 @@ class Request:
     attempts: int = 0
     """Replicas that it has lost."""
     tier: Tier = Tier.REMOTE
-    predicted: Phases = dataclasses.field(default_factory=Phases)
+    predicted: Phases = _UNTOLD
     startup: Phases | None = None
     """What the start that it waited for took."""
     replica_id: ReplicaId | None = None
@@ -143,6 +147,9 @@ class Model(Demand):
     """The node on which replicas drain so that this model gets room."""
     is_deleted: bool = False
     """Only its last replicas remain."""
+    bounds: Scaling | None = None
+    bounds_of: Scaling | None = None
+    """What State.bounds found, of which spec.scaling."""
     model_id: ModelId = dataclasses.field(init=False)  # == spec.model_id, whatever spec it has
 
     def __post_init__(self) -> None:

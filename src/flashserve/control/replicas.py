@@ -41,6 +41,8 @@ def ready(state: State, event: ReplicaReady, now: float) -> list[Command]:
         request.startup = event.phases
     state.set_status(replica, Status.READY, now)
     commands = requests.dispatch_waiting(state, model, now)
+    if not replica.in_flight:  # else the policy knows no more than when it was started
+        state.unplanned[model.model_id] = model
     if pending := node.pending_evicts.get(model.model_id):
         return commands + orders.evict_when_free(state, node, pending, now, cancel_starts=True)
     return commands

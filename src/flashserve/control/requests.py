@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 
 from flashserve.control import orders
@@ -132,20 +131,22 @@ def dispatch_waiting(state: State, model: Model, now: float) -> list[Command]:
 
 
 def _route(state: State, model: Model, request: Request) -> tuple[ReplicaId, str] | None:
-    loads = [
-        routing.ReplicaLoad(
-            len(replica.in_flight),
-            replica.replica_id,
-            replica.limit,
-            not request.adapter or request.adapter in replica.adapters,
-            request.prefix is not None and request.prefix in replica.prefixes,
-        )
-        for replica in model.replicas.values()
-        if replica.status is Status.READY
-    ]
-    if len(loads) == 1:  # nothing to compare
-        return routing.only(loads[0])
-    return routing.route(loads, _prefill_s(state, model)) if loads else None
+    ready = [r for r in model.replicas.values() if r.status is Status.READY]
+    if len(ready) == 1:  # nothing to compare
+        return routing.only(_load(ready[0], request))
+    if not ready:
+        return None
+    return routing.route((_load(r, request) for r in ready), _prefill_s(state, model))
+
+
+def _load(replica: Replica, request: Request) -> routing.ReplicaLoad:
+    return routing.ReplicaLoad(
+        len(replica.in_flight),
+        replica.replica_id,
+        replica.limit,
+        not request.adapter or request.adapter in replica.adapters,
+        request.prefix is not None and request.prefix in replica.prefixes,
+    )
 
 
 def go_on(
@@ -232,14 +233,22 @@ def hold_new(state: State, now: float) -> list[Command]:
 
 def predict(state: State, model: Model, now: float) -> Phases:
     """The estimated way to a first token for a request that has to wait now."""
-    start, queue_s = Phases(), 0.0
+    prefill_s = _prefill_s(state, model)
     if starting := _starting(model):
-        start = cost.remaining(starting.phases, now - starting.started_at)
+        start, queue_s = cost.remaining(starting.phases, now - starting.started_at), 0.0
     elif any(replica.status is Status.READY for replica in model.replicas.values()):
-        queue_s = _wait_s(state, model, now)
+        return Phases(queue_s=_wait_s(state, model, now), prefill_s=prefill_s)
     else:
         start, queue_s = _predict_anywhere(state, model), _wait_s(state, model, now)
-    return dataclasses.replace(start, queue_s=queue_s, prefill_s=_prefill_s(state, model))
+    return Phases(
+        queue_s,
+        start.place_s,
+        start.fetch_s,
+        start.dram_s,
+        start.device_s,
+        start.init_s,
+        prefill_s,
+    )
 
 
 def _predict_anywhere(state: State, model: Model) -> Phases:

@@ -21,7 +21,7 @@ from flashserve.messages.events import BoundsChanged, ForecastReady
 from flashserve.policy import keepalive
 from flashserve.policy.cost import WorkerState, startup_s
 from flashserve.policy.placement import place
-from flashserve.policy.plans import Facts, bounded, trusted
+from flashserve.policy.plans import Facts, trusted
 from flashserve.types import SeriesForecast
 
 _NUM_TRIES = 2
@@ -95,9 +95,9 @@ def _review(state: State, model: Model, now: float) -> list[Command]:
         _keep_minimum(state, model)
         commands = _stop_surplus(state, model, now)
     serving = model.num_serving
-    covered = bool(model.waiting) and not serving  # it stands in line
     wanted = model.spec.scaling.min_replicas if model.is_dismissed else plan.replicas
-    is_short = serving < wanted and not covered and not state.is_draining
+    stands_in_line = not serving and bool(model.waiting)
+    is_short = serving < wanted and not stands_in_line and not state.is_draining
     state.set_short(model, is_short, now)
     state.watch_review(model)
     if plan.rate_per_s is not None and not model.dram_nodes:
@@ -106,35 +106,42 @@ def _review(state: State, model: Model, now: float) -> list[Command]:
 
 
 def _facts(state: State, model: Model) -> Facts:
+    spec, model_id, estimates = model.spec, model.model_id, state.estimates
     node_id, tier = state.nearest(model)
-    costs = state.estimates.costs(node_id, model.model_id, WorkerState.SPARE)
-    idle_since, num_serving, in_flight = -math.inf, 0, 0
-    for replica in model.replicas.values():
-        if replica.status is Status.DRAINING:
-            continue
-        num_serving += 1
-        in_flight += len(replica.in_flight)
-        idle_since = max(idle_since, replica.changed_at if replica.is_idle else math.inf)
-    spec = model.spec
+    in_flight, idle_since = 0, None
+    if model.replicas:
+        in_flight, idle_since = _load(model)
     return Facts(
-        spec.model_id,
+        model_id,
         spec.size_bytes,
         tier,
-        startup_s(spec.size_bytes, tier, costs),
-        state.estimates.value(Quantity.PREFILL_S, spec.model_id),
-        state.estimates.value(Quantity.RUN_S, spec.model_id),
+        estimates.startup_s(node_id, model_id, spec.size_bytes, tier),
+        estimates.value(Quantity.PREFILL_S, model_id),
+        estimates.value(Quantity.RUN_S, model_id),
         state.max_sequences,
-        num_serving,
+        model.num_serving,
         in_flight,
         len(model.waiting),
-        idle_since if math.isfinite(idle_since) else None,
+        idle_since,
         model.last_arrival_at,
         model.unseen_since,
         state.keep_alive_s(model),
         spec.keep_alive_s is not None,
-        bounded(spec.scaling, state.settings.max_replicas),
+        state.bounds(model),
         model.forecast,
     )
+
+
+def _load(model: Model) -> tuple[int, float | None]:
+    """What runs on replicas that do not drain, and since when none of them has had work."""
+    in_flight, idle_since = 0, -math.inf
+    for replica in model.replicas.values():
+        if replica.status is Status.DRAINING:
+            continue
+        in_flight += len(replica.in_flight)
+        is_idle = not replica.in_flight and replica.status is Status.READY
+        idle_since = max(idle_since, replica.changed_at if is_idle else math.inf)
+    return in_flight, idle_since if math.isfinite(idle_since) else None
 
 
 def _scale_out_at(facts: Facts) -> float:
@@ -149,12 +156,15 @@ def _keep_minimum(state: State, model: Model) -> None:
     left = model.spec.scaling.min_replicas if state.policy.shares_slots else len(model.replicas)
     for replica in model.replicas.values():
         is_kept = left > 0 and replica.status is not Status.DRAINING
-        state.set_kept(replica, is_kept)
+        if replica.is_kept != is_kept:
+            state.set_kept(replica, is_kept)
         left -= is_kept
 
 
 def _stop_surplus(state: State, model: Model, now: float) -> list[Command]:
     """Stop idle replicas beyond the wanted number whose time is over, and watch the others."""
+    if model.num_serving <= model.plan.replicas:
+        return []
     idle = [replica for replica in model.replicas.values() if replica.is_idle]
     if len(idle) > 1:
         idle.sort(key=lambda replica: (replica.changed_at, replica.replica_id))
@@ -219,7 +229,7 @@ def _start_ahead(state: State, model: Model, now: float) -> list[Command]:
 def _why_ahead(model: Model) -> str:
     if model.num_serving < (least := model.spec.scaling.min_replicas):
         return f"min_replicas {least}; "
-    return f"ahead of requests: {model.plan.reason}; " if model.plan.reason else "wanted; "
+    return f"ahead of requests: {reason}; " if (reason := model.plan.reason) else "wanted; "
 
 
 def _is_worth(state: State, node: Node, model: Model, now: float) -> bool:

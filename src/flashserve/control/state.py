@@ -19,8 +19,17 @@ from flashserve.control.records import Model, Node, Replica, Request, Resident, 
 from flashserve.control.timers import Timer, TimerKind, Timers
 from flashserve.policy import keepalive
 from flashserve.policy.cost import Prices, Rates, extent_bytes
-from flashserve.policy.plans import Policy
-from flashserve.types import ModelId, ModelSpec, NodeId, NodeSpec, ReplicaId, RequestId, Tier
+from flashserve.policy.plans import Policy, bounded
+from flashserve.types import (
+    ModelId,
+    ModelSpec,
+    NodeId,
+    NodeSpec,
+    ReplicaId,
+    RequestId,
+    Scaling,
+    Tier,
+)
 
 
 class State:
@@ -93,6 +102,13 @@ class State:
 
     def keep_alive_s(self, model: Model) -> float:
         return keepalive.keep_alive_s(model.spec, self.settings.keep_alive_s)
+
+    def bounds(self, model: Model) -> Scaling:
+        """Of its replicas; max_replicas is the server's where it has none of its own."""
+        if model.bounds is None or model.bounds_of is not model.spec.scaling:
+            model.bounds_of = model.spec.scaling
+            model.bounds = bounded(model.bounds_of, self.settings.max_replicas)
+        return model.bounds
 
     def tier(self, model: Model) -> Tier:
         """The highest tier that holds the model's bytes anywhere."""
@@ -219,12 +235,14 @@ class State:
 
     def set_status(self, replica: Replica, status: Status, now: float) -> None:
         model = self.models[replica.model_id]
-        model.num_serving += (replica.status is Status.DRAINING) - (status is Status.DRAINING)
+        change = (replica.status is Status.DRAINING) - (status is Status.DRAINING)
         replica.status = status
         replica.changed_at = now
         self._reindex(replica)
-        self.line.review(model)
-        self.unplanned[model.model_id] = model
+        if change:
+            model.num_serving += change
+            self.line.review(model)
+            self.unplanned[model.model_id] = model
 
     def set_kept(self, replica: Replica, is_kept: bool) -> None:
         """Whether the replica is one of those that its model always has."""
@@ -244,9 +262,11 @@ class State:
 
     def set_short(self, model: Model, is_short: bool, now: float) -> None:
         """Whether the model wants a start ahead of requests."""
+        if is_short == (model.model_id in self.short):
+            return
         if not is_short:
-            self.short.pop(model.model_id, None)
-        elif model.model_id not in self.short:
+            del self.short[model.model_id]
+        else:
             self.short[model.model_id] = model
             model.room_seen = -1
             if model.no_start_before <= now:

@@ -40,7 +40,7 @@ class AlwaysOn(_Stateless):
 
     def plan(self, facts: Facts, now: float) -> Plan:  # noqa: ARG002 - of all policies
         wanted = max(1, replicas_for_load(facts))
-        return Plan(clamp(wanted, facts), math.inf, reason="always on")
+        return Plan(clamp(wanted, facts), math.inf, why="always on")
 
 
 class Reactive(_Stateless):
@@ -60,7 +60,7 @@ class Reactive(_Stateless):
         wanted = clamp(replicas_for_load(facts), facts)
         load = f"{facts.in_flight} running and {facts.waiting} waiting"
         reason = f"{load} need {text.count(wanted, 'replica')}, cooldown {self._cooldown_s:g} s"
-        return Plan(wanted, self._cooldown_s, reason=reason)
+        return Plan(wanted, self._cooldown_s, why=reason)
 
 
 class ServerlessLlm(_Stateless):

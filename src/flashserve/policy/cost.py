@@ -146,6 +146,8 @@ def remaining(start: Phases, elapsed_s: float) -> Phases:
 
     A start that is overdue has nothing left: its end is not known better than "any moment".
     """
+    if elapsed_s <= 0:
+        return start
     left = {}
     for name in ("fetch_s", "dram_s", "place_s", "device_s", "init_s"):
         phase = getattr(start, name)

@@ -69,16 +69,16 @@ class HybridHistogram:
         wanted = replicas_for_load(facts)
         gaps = self._gaps.get(facts.model_id)
         if gaps is None or facts.last_arrival_at is None:
-            return Plan(clamp(wanted, facts), self._range * _MINUTE_S, reason="no arrivals yet")
+            return Plan(clamp(wanted, facts), self._range * _MINUTE_S, why="no arrivals yet")
         window = self._window(gaps)
         begin_at = facts.last_arrival_at + window.begin * _MINUTE_S
         end_at = facts.last_arrival_at + window.end * _MINUTE_S
         reason = f"gaps end {window.begin:.0f} to {window.end:.0f} min after an arrival"
         if now < begin_at:
-            return Plan(clamp(wanted, facts), 0.0, begin_at, reason=reason)
+            return Plan(clamp(wanted, facts), 0.0, begin_at, why=reason)
         if now < end_at:
-            return Plan(clamp(max(wanted, 1), facts), 0.0, end_at, reason=reason)
-        return Plan(clamp(wanted, facts), 0.0, reason=reason)
+            return Plan(clamp(max(wanted, 1), facts), 0.0, end_at, why=reason)
+        return Plan(clamp(wanted, facts), 0.0, why=reason)
 
     def _window(self, gaps: _Gaps) -> Window:
         """Computed anew only when a gap has ended since."""

@@ -46,7 +46,7 @@ class Oracle:
         times = self._arrivals.get(facts.model_id, ())
         at = bisect.bisect_right(times, now)
         if at == len(times):
-            return Plan(clamp(wanted, facts), 0.0, reason="no further request")
+            return Plan(clamp(wanted, facts), 0.0, why="no further request")
         gap_s = times[at] - now
         lead_s = facts.restart_s * (1 + self._margin)
         # A start ahead costs the accelerator's time while it loads; keeping costs the whole gap.
@@ -55,9 +55,9 @@ class Oracle:
         if is_due or gap_s <= lead_s or (facts.num_replicas and gap_s <= facts.restart_s):
             reason = f"the next request comes in {text.seconds(gap_s)}"
             return Plan(
-                clamp(max(wanted, 1), facts), 0.0, times[at] + 1e-3, 1 / gap_s, reason=reason
+                clamp(max(wanted, 1), facts), 0.0, times[at] + 1e-3, 1 / gap_s, why=reason
             )
         start_at = times[at] - lead_s
         self._start_at[facts.model_id] = (times[at], start_at)
         reason = f"the next request comes in {text.seconds(gap_s)}, the start in time for it"
-        return Plan(clamp(wanted, facts), 0.0, start_at, 1 / gap_s, reason=reason)
+        return Plan(clamp(wanted, facts), 0.0, start_at, 1 / gap_s, why=reason)

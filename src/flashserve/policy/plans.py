@@ -74,7 +74,13 @@ class Plan(NamedTuple):
     rate_per_s: float | None = None
     heed_first: float = 0.0
     heed_last: float = 0.0
-    reason: str = ""
+    why: object = ""
+    """What `str` puts into words: few plans are ever read about."""
+
+    @property
+    def reason(self) -> str:
+        """For people."""
+        return str(self.why)
 
 
 class Policy(Protocol):

@@ -9,6 +9,7 @@ a start times the chance of a request exceeds that of the idle window times the 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from flashserve.policy import text
 from flashserve.policy.cost import Prices
@@ -25,6 +26,55 @@ _LATE_S = 20.0
 """So much later than due a forecast may be before it is missed."""
 _MAX_AGE = 0.5
 """A forecast may be used for this share of its longest lead, if nothing arrived since."""
+
+
+class _Kept(NamedTuple):
+    """Why an idle replica stays, or does not, until the next forecast."""
+
+    keep_s: float
+    age_s: float
+    cold_s: float
+    """Idle seconds that cost as much as a start."""
+
+    def __str__(self) -> str:
+        worth = f"worth {text.seconds(self.keep_s)} more" if self.keep_s > 0 else "not worth more"
+        return (
+            f"{worth} after a request {text.seconds(self.age_s)} ago, "
+            f"where a start costs as much as {text.seconds(self.cold_s)} idle"
+        )
+
+
+class _Weighed(NamedTuple):
+    """A start that may be waited for against a window that may be idle."""
+
+    lead_s: float
+    p: float
+    start: float
+    idle: float
+    """Both as expected, in money."""
+
+    @property
+    def is_worth(self) -> bool:
+        return self.start > self.idle
+
+    def __str__(self) -> str:
+        return (
+            f"P(request in {text.seconds(self.lead_s)}) {self.p:.2g}: "
+            f"start {self.start:.2g} {'>' if self.is_worth else '≤'} idle {self.idle:.2g}"
+        )
+
+
+class _Ahead(NamedTuple):
+    """Why replicas are wanted before requests."""
+
+    weighed: _Weighed
+    wanted: int
+    ahead: int
+    now: int
+
+    def __str__(self) -> str:
+        wanted = text.count(self.wanted, "replica")
+        return f"{self.weighed}; {wanted} for {self.ahead} forecast, {self.now} now"
 
 
 class Predictive:
@@ -54,8 +104,8 @@ class Predictive:
         by_load = replicas_for_load(facts)
         forecast = facts.forecast
         if forecast is None or not self._is_trusted(forecast, facts, now):
-            reason = f"no forecast: keep-alive {text.seconds(facts.keep_alive_s)}"
-            return Plan(clamp(by_load, facts), facts.keep_alive_s, reason=reason)
+            why = f"no forecast: keep-alive {text.seconds(facts.keep_alive_s)}"
+            return Plan(clamp(by_load, facts), facts.keep_alive_s, why=why)
         if facts.unseen_since is not None:
             return self._until_next(facts, by_load, self._next_due(forecast, facts), now)
         return self._by_chance(facts, forecast, by_load, now)
@@ -92,32 +142,25 @@ class Predictive:
         left_s = max(next_due - now, 0.0)
         review_at = next_due if left_s else next_due + self._window_s
         if facts.has_own_keep_alive:
-            return Plan(wanted, facts.keep_alive_s, review_at, rate, reason="its own keep-alive")
+            return Plan(wanted, facts.keep_alive_s, review_at, rate, why="its own keep-alive")
         if facts.idle_since is None:
-            return Plan(wanted, self._keep_s(facts), review_at, rate, reason="it has requests")
+            return Plan(wanted, self._keep_s(facts), review_at, rate, why="it has requests")
         cold_s = self._cold(facts) / max(self._prices.gpu_per_s, 1e-12)
         age_s = now - facts.last_arrival_at
         keep_s = self._gaps.keep_s(facts.model_id, age_s, left_s, cold_s)
-        worth = f"worth {text.seconds(keep_s)} more" if keep_s > 0 else "not worth more"
-        reason = (
-            f"{worth} after a request {text.seconds(age_s)} ago, "
-            f"where a start costs as much as {text.seconds(cold_s)} idle"
-        )
-        return Plan(wanted, now - facts.idle_since + keep_s, review_at, rate, reason=reason)
+        why = _Kept(keep_s, age_s, cold_s)
+        return Plan(wanted, now - facts.idle_since + keep_s, review_at, rate, why=why)
 
     def _by_chance(self, facts: Facts, forecast: Hazards, by_load: int, now: float) -> Plan:
         rate = forecast.rate(now)
-        p = forecast.chance(now, self._window_s + facts.restart_s)
+        lead_s = self._window_s + facts.restart_s
+        p = forecast.chance(now, lead_s)
         cold = self._cold(facts)
         idle = self._prices.gpu_per_s * self._window_s
         if not facts.num_replicas:  # a start that nobody uses costs its own time as well
             idle += self._prices.gpu_per_s * facts.restart_s
-        is_worth = p * cold > (1 - p) * idle
-        numbers = (
-            f"P(request in {text.seconds(self._window_s + facts.restart_s)}) {p:.2g}: "
-            f"start {p * cold:.2g} {'>' if is_worth else '≤'} idle {(1 - p) * idle:.2g}"
-        )
-        if not is_worth:
+        weighed = _Weighed(lead_s, p, p * cold, (1 - p) * idle)
+        if not weighed.is_worth:
             keep_s = facts.keep_alive_s if facts.has_own_keep_alive else 0.0
             return Plan(
                 clamp(by_load, facts),
@@ -125,14 +168,14 @@ class Predictive:
                 rate_per_s=rate,
                 heed_first=self._least_chance(facts, forecast, idle / (cold + idle)),
                 heed_last=self._least_chance_of_room(facts, forecast, cold),
-                reason=numbers,
+                why=weighed,
             )
         ahead = self._by_forecast(facts, forecast, cold)
         if facts.tier < Tier.DRAM and facts.restart_s > self._prices.slo_s:
             ahead = min(ahead, facts.num_replicas)  # its rate brings it to DRAM, after others
         wanted = clamp(max(by_load, ahead), facts)
-        reason = f"{numbers}; {text.count(wanted, 'replica')} for {ahead} forecast, {by_load} now"
-        return Plan(wanted, self._keep_s(facts), now + self._window_s, rate, reason=reason)
+        why = _Ahead(weighed, wanted, ahead, by_load)
+        return Plan(wanted, self._keep_s(facts), now + self._window_s, rate, why=why)
 
     def _least_chance(self, facts: Facts, forecast: Hazards, least: float) -> float:
         """Within the first lead, so that `least` could be reached within a window and a start.

@@ -10,7 +10,7 @@ from tests.unit.policy.facts import facts
 from flashserve.policy.plans import Plan, trusted
 from flashserve.types import Scaling
 
-SOUND = Plan(1, 30.0, 160.0, rate_per_s=0.01, heed_first=0.1, reason="why")
+SOUND = Plan(1, 30.0, 160.0, rate_per_s=0.01, heed_first=0.1, why="why")
 ANY = st.floats(allow_nan=True, allow_infinity=True)
 
 
