@@ -54,9 +54,7 @@ class Oracle:
         is_due = request_at == times[at] and now >= due_at
         if is_due or gap_s <= lead_s or (facts.num_replicas and gap_s <= facts.restart_s):
             reason = f"the next request comes in {text.seconds(gap_s)}"
-            return Plan(
-                clamp(max(wanted, 1), facts), 0.0, times[at] + 1e-3, 1 / gap_s, why=reason
-            )
+            return Plan(clamp(max(wanted, 1), facts), 0.0, times[at] + 1e-3, 1 / gap_s, why=reason)
         start_at = times[at] - lead_s
         self._start_at[facts.model_id] = (times[at], start_at)
         reason = f"the next request comes in {text.seconds(gap_s)}, the start in time for it"
