@@ -25,6 +25,10 @@ _FADING = np.float32(0.99)
 _POOL_WEIGHT = 4.0
 # Rate classes by minutes per active minute, in powers of two.
 _NUM_CLASSES = 12
+# With fewer known minutes a series is young; what is taken for its rate at first, and how many
+# minutes of evidence that weighs.
+_YOUNG_MINUTES = 10
+_FIRST_RATE, _FIRST_MINUTES = 0.25, 0.5
 # How many minutes of evidence what is expected of an age weighs.
 _PRIOR_MINUTES = 50.0
 _RATE_MEMORY = np.float32(1 - 0.5 ** (1 / 360))
@@ -100,7 +104,7 @@ class Gaps:
         """P(arrival within each lead), [series, leads], and the own gaps behind it, [series]."""
         so_far = self.ended_by(self.age)
         longer = np.maximum(self.num_gaps - so_far, 0)
-        pooled = pool.due(self.rate_class(), self.age, leads)
+        pooled = pool.due(self._likely_class(), self.age, leads)
         p = np.empty((len(self.age), len(leads)))
         for index, lead in enumerate(leads):
             ended = np.maximum(self.ended_by(self.age + lead) - so_far, 0)
@@ -109,9 +113,23 @@ class Gaps:
 
     def rate_class(self) -> npt.NDArray[np.int64]:
         """0 for series active every minute, one more for each halving; the last is never active."""
-        rate = self.rate / np.maximum(self._filled, 1e-6)
-        halvings = -np.log2(np.maximum(rate, 2.0**-_NUM_CLASSES))
-        return np.clip(np.round(halvings), 0, _NUM_CLASSES - 1).astype(np.int64)
+        return _class_of(self.rate / np.maximum(self._filled, 1e-6))
+
+    def _likely_class(self) -> npt.NDArray[np.int64]:
+        """The same, but the first arrival of a young series, with which it began, says nothing of
+        how often it is active: judged by it, each would be active every minute.
+        """
+        share = self.rate / np.maximum(self._filled, 1e-6)
+        is_young = self.has_arrived & (self.num_known < _YOUNG_MINUTES)
+        known = np.maximum(self.num_known - 1, 0)
+        active = np.maximum(share * self.num_known - 1, 0)
+        likely = (active + _FIRST_MINUTES * _FIRST_RATE) / (known + _FIRST_MINUTES)
+        return _class_of(np.where(is_young, likely, share))
+
+
+def _class_of(rate: Floats | Singles) -> npt.NDArray[np.int64]:
+    halvings = -np.log2(np.maximum(rate, 2.0**-_NUM_CLASSES))
+    return np.clip(np.round(halvings), 0, _NUM_CLASSES - 1).astype(np.int64)
 
 
 class Pool:

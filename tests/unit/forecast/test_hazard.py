@@ -50,6 +50,19 @@ def test_a_timer_is_due_in_its_minute_and_not_before() -> None:
         follower.advance([float(minute % 7 == 3)])
 
 
+def test_one_arrival_does_not_make_a_series_active_every_minute() -> None:
+    follower = HazardModel().follow(("new",), 0)
+    said = []
+    for count in (1, 0, 0, 0):
+        follower.advance([count])
+        said.append(follower.forecast((1,)).p_arrival[0, 0])
+    assert 0.1 < said[0] < 0.4
+    assert said == sorted(said, reverse=True)
+    for _ in range(9):
+        follower.advance([1])
+    assert follower.forecast((1,)).p_arrival[0, 0] > 0.6
+
+
 def test_a_series_without_gaps_follows_those_of_its_rate() -> None:
     draw = np.random.default_rng(1)
     counts = (draw.random((50, 600)) < 0.5).astype(np.float32)
