@@ -36,6 +36,6 @@ def count(number: int, noun: str) -> str:
 
 def money(value: float) -> str:
     """1234.50, 3.00, 0.083, 0.0042, 0.00: cents, and where they say little up to four digits."""
-    if not 0 < abs(value) < 1:
-        return f"{value:.2f}"
+    if abs(value) >= 1 or abs(value) < 5e-5:
+        return f"{value:.2f}".removeprefix("-" if abs(value) < 5e-5 else "")
     return f"{value:.{min(1 - math.floor(math.log10(abs(value))), 4)}f}"

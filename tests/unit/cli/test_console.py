@@ -74,6 +74,21 @@ def test_a_table_on_a_terminal_folds_to_its_width(
     assert sum(line.count("because") for line in lines) == 30
 
 
+def test_sentences_end_their_lines_between_words_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sentence = "a request that finds no worker waits for a start " * 4
+    console.print_text(sentence.strip())
+    assert capsys.readouterr().out.count("\n") == 1
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    console.print_text(sentence.strip())
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 4
+    assert max(map(len, lines)) <= 40
+    assert " ".join(lines) == sentence.strip()
+
+
 def test_waiting_on_no_terminal_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with console.waiting("deploying m"):
         pass

@@ -30,3 +30,20 @@ def test_sizes(value: float, shown: str) -> None:
 def test_counts() -> None:
     assert text.count(1, "replica") == "1 replica"
     assert text.count(0, "replica") == "0 replicas"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (1234.5, "1234.50"),
+        (-8.333, "-8.33"),
+        (0.996, "1.00"),
+        (0.0834, "0.083"),
+        (-0.0042, "-0.0042"),
+        (0.00006, "0.0001"),
+        (-0.00003, "0.00"),
+        (0.0, "0.00"),
+    ],
+)
+def test_money(value: float, shown: str) -> None:
+    assert text.money(value) == shown
