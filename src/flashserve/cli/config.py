@@ -46,6 +46,8 @@ def flattened(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, list):
         return ", ".join(str(item) for item in value) or "-"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -97,7 +97,8 @@ class KeyGuard:
     """Asks for the key that a path needs.
 
     Inference needs one when users' keys are configured; everything else (administration, metrics)
-    when any are, and then an admin key. Without any, the server is on loopback: check_binding.
+    when any are, and then an admin key. Without any, the server is on loopback: check_binding. The
+    private socket needs none; one that is given there says whose the request is.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
@@ -111,7 +112,10 @@ class KeyGuard:
         self._admins_need_key = self._users_need_key or bool(settings.auth.admin_keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not context_of(scope).is_trusted:
+        if scope["type"] == "http" and context_of(scope).is_trusted:
+            if _is_known(key := _bearer(scope), self._api_keys):
+                name_tenant(scope, self._tenant_of(key))
+        elif scope["type"] == "http":
             try:
                 self._check(scope)
             except FlashServeError as error:

@@ -41,15 +41,14 @@ def test_users_keys_open_inference_and_nothing_else(start: Start) -> None:
         assert code_of(reply) == (403, "forbidden")
 
 
-@pytest.mark.parametrize(
-    ("key", "tenant"), [("user-key", ""), ("acme-2", "acme"), ("labs-1", "labs"), ("admin-key", "")]
-)
-def test_a_request_is_of_the_tenant_whose_key_it_has(start: Start, key: str, tenant: str) -> None:
-    tenants = {
-        "acme": TenantSettings(keys=("acme-1", "acme-2")),
-        "labs": TenantSettings(keys=("labs-1",)),
-    }
-    server = start(tenants=tenants, **KEYS)
+TENANTS = {
+    "acme": TenantSettings(keys=("acme-1", "acme-2")),
+    "labs": TenantSettings(keys=("labs-1",)),
+}
+
+
+def tenant_seen(server: Running, http: httpx.Client) -> str:
+    """Whom a request of this client counts for."""
     seen: list[str] = []
 
     def plan(request: GenerationRequest) -> AsyncIterator[TextChunk]:
@@ -57,10 +56,29 @@ def test_a_request_is_of_the_tenant_whose_key_it_has(start: Start, key: str, ten
         return greet(request)
 
     server.service.plan = plan
+    body = {"model": MODEL, "prompt": "hi"}
+    assert http.post("/v1/completions", json=body).status_code == 200
+    [tenant] = seen
+    return tenant
+
+
+@pytest.mark.parametrize(
+    ("key", "tenant"), [("user-key", ""), ("acme-2", "acme"), ("labs-1", "labs"), ("admin-key", "")]
+)
+def test_a_request_is_of_the_tenant_whose_key_it_has(start: Start, key: str, tenant: str) -> None:
+    server = start(tenants=TENANTS, **KEYS)
     with server.client(headers={"Authorization": f"Bearer {key}"}) as http:
-        body = {"model": MODEL, "prompt": "hi"}
-        assert http.post("/v1/completions", json=body).status_code == 200
-    assert seen == [tenant]
+        assert tenant_seen(server, http) == tenant
+
+
+@pytest.mark.parametrize(("key", "tenant"), [("acme-2", "acme"), ("user-key", ""), ("wrong", "")])
+def test_a_key_over_the_private_socket_says_whose_the_request_is(
+    start: Start, key: str, tenant: str
+) -> None:
+    server = start(tenants=TENANTS, **KEYS)
+    with server.trusted_client() as http:
+        http.headers["Authorization"] = f"Bearer {key}"
+        assert tenant_seen(server, http) == tenant
 
 
 def test_keys_of_tenants_alone_close_the_server(start: Start) -> None:
