@@ -7,6 +7,8 @@ import enum
 import re
 from typing import NewType
 
+import msgspec
+
 ModelId = NewType("ModelId", str)
 NodeId = NewType("NodeId", str)
 ReplicaId = NewType("ReplicaId", str)
@@ -30,8 +32,7 @@ class Tier(enum.IntEnum):
         return self.name.lower()
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Phases:
+class Phases(msgspec.Struct, frozen=True):
     """Seconds that each phase of a time to first token took, or is predicted to take.
 
     queue: waiting for a slot or behind others; place: for a worker to be free; fetch: remote to

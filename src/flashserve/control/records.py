@@ -9,6 +9,8 @@ import dataclasses
 import enum
 import math
 
+import msgspec
+
 from flashserve.control.demand import Demand
 from flashserve.control.shares import Shares
 from flashserve.policy.admission import Failure
@@ -39,8 +41,7 @@ class Status(enum.Enum):
 _UNTOLD = Phases()
 
 
-@dataclasses.dataclass(slots=True)
-class Request:
+class Request(msgspec.Struct):
     request_id: RequestId
     model_id: ModelId
     sequence: int
@@ -67,8 +68,7 @@ class Request:
         return self.waiting_since + self.deadline_s
 
 
-@dataclasses.dataclass(slots=True)
-class Replica:
+class Replica(msgspec.Struct):
     replica_id: ReplicaId
     model: ModelSpec
     """As it was when this replica was ordered; a later deployment may differ."""
@@ -89,11 +89,12 @@ class Replica:
     is_yielding: bool = False
     """It drains only for a model that claims room on its node, and resumes if that ends."""
     drain_reason: str = ""
-    in_flight: dict[RequestId, Request] = dataclasses.field(default_factory=dict)
-    adapters: dict[str, None] = dataclasses.field(default_factory=dict)
+    in_flight: dict[RequestId, Request] = msgspec.field(default_factory=dict)
+    adapters: dict[str, None] = msgspec.field(default_factory=dict)
     """Those that it has answered with, least recently first."""
-    prefixes: dict[int, None] = dataclasses.field(default_factory=dict)
-    model_id: ModelId = dataclasses.field(init=False)  # an attribute, since all ask for it
+    prefixes: dict[int, None] = msgspec.field(default_factory=dict)
+    model_id: ModelId = ModelId("")
+    """The model's; an attribute, since all ask for it."""
 
     def __post_init__(self) -> None:
         self.model_id = self.model.model_id

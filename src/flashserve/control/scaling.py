@@ -12,6 +12,8 @@ import dataclasses
 import math
 from itertools import islice
 
+import msgspec
+
 from flashserve.control import orders, room, slots, staging
 from flashserve.control.estimates import Quantity
 from flashserve.control.records import Model, Node, Status
@@ -220,7 +222,7 @@ def _start_ahead(state: State, model: Model, now: float) -> list[Command]:
     if placement is None:
         return []
     node = state.nodes[placement.node_id]
-    placement = dataclasses.replace(placement, reason=_why_ahead(model) + placement.reason)
+    placement = msgspec.structs.replace(placement, reason=_why_ahead(model) + placement.reason)
     worker = slots.worker_state(node)
     commands = room.make_room(state, node, model, now, for_replica=True)
     return [*commands, orders.start_replica(state, node, model, placement, worker, now)]

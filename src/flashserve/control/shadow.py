@@ -15,6 +15,8 @@ import dataclasses
 import heapq
 from collections.abc import Sequence
 
+import msgspec
+
 from flashserve.config import PolicySettings
 from flashserve.control.estimates import Estimates, Quantity
 from flashserve.control.shadowmodel import Ran, ShadowModel
@@ -227,7 +229,7 @@ class Shadow:
             estimates = self._estimates
             estimates.observe_staged(event.node_id, event.tier, event.num_bytes, event.seconds)
         elif model is not None:
-            phases = dataclasses.replace(event.phases, place_s=0.0)  # of no interest here
+            phases = msgspec.structs.replace(event.phases, place_s=0.0)  # of no interest here
             self._estimates.observe_start(
                 event.node_id, model.model_id, model.spec.size_bytes, WorkerState.SPARE, phases
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import msgspec
 
 from flashserve.live.requests import Receipt
 from flashserve.messages.commands import Dispatch, Hold
@@ -68,7 +68,7 @@ class Stopwatch:
         self._dispatched_at = at
         waiting = clip_startup(dispatch.startup, at - self._wait_began_at)
         earlier_s = self._wait_began_at - self._arrived_at
-        self.receipt.actual = dataclasses.replace(waiting, queue_s=waiting.queue_s + earlier_s)
+        self.receipt.actual = msgspec.structs.replace(waiting, queue_s=waiting.queue_s + earlier_s)
         self.receipt.cold = self.receipt.cold or dispatch.startup is not None
         if not self.receipt.resumed:
             self.receipt.tier = dispatch.tier
@@ -104,10 +104,10 @@ class Stopwatch:
         waited_s = min(max(waited_s, 0.0), since_dispatch_s)
         actual = self.receipt.actual
         if is_fetched:
-            actual = dataclasses.replace(actual, fetch_s=actual.fetch_s + waited_s)
+            actual = msgspec.structs.replace(actual, fetch_s=actual.fetch_s + waited_s)
         else:
-            actual = dataclasses.replace(actual, dram_s=actual.dram_s + waited_s)
-        self.receipt.actual = dataclasses.replace(actual, prefill_s=since_dispatch_s - waited_s)
+            actual = msgspec.structs.replace(actual, dram_s=actual.dram_s + waited_s)
+        self.receipt.actual = msgspec.structs.replace(actual, prefill_s=since_dispatch_s - waited_s)
         self.receipt.cold = self.receipt.cold or waited_s > 0
 
     def finished(self, at: float) -> None:

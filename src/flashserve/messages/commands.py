@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+import msgspec
 
 from flashserve.types import ModelSpec, NodeId, Phases, ReplicaId, RequestId, Tier
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class StartReplica:
+class StartReplica(msgspec.Struct, frozen=True):
     """Wanted: a ready replica of `model` on a worker, whatever tier its bytes are in."""
 
     node_id: NodeId
@@ -18,8 +17,7 @@ class StartReplica:
     reason: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class StopReplica:
+class StopReplica(msgspec.Struct, frozen=True):
     """Wanted: the replica's worker is spare again. Its bytes stay in DRAM."""
 
     node_id: NodeId
@@ -29,8 +27,7 @@ class StopReplica:
     reason: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Stage:
+class Stage(msgspec.Struct, frozen=True):
     """Wanted: the model's bytes in `tier` (DISK or DRAM) of the node."""
 
     node_id: NodeId
@@ -40,8 +37,7 @@ class Stage:
     reason: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Evict:
+class Evict(msgspec.Struct, frozen=True):
     """Wanted: none of the model's bytes in `tier` or above. Never ordered under a replica."""
 
     node_id: NodeId
@@ -51,8 +47,7 @@ class Evict:
     reason: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Hold:
+class Hold(msgspec.Struct, frozen=True):
     """The request waits for a cold start or a slot; `predicted` is its estimated way to a token."""
 
     request_id: RequestId
@@ -61,8 +56,7 @@ class Hold:
     reason: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Dispatch:
+class Dispatch(msgspec.Struct, frozen=True):
     """Send the request to a ready replica.
 
     tier: where the model was when the request arrived (DEVICE: warm); predicted: as estimated at
@@ -78,8 +72,7 @@ class Dispatch:
     reason: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Reject:
+class Reject(msgspec.Struct, frozen=True):
     """The request will not be served; code as in errors.py."""
 
     request_id: RequestId

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import msgspec
 
 from flashserve.types import (
     ModelId,
@@ -18,39 +18,33 @@ from flashserve.types import (
 )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ModelDeployed:
+class ModelDeployed(msgspec.Struct, frozen=True):
     model: ModelSpec
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ModelDeleted:
+class ModelDeleted(msgspec.Struct, frozen=True):
     model_id: ModelId
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class NodeJoined:
+class NodeJoined(msgspec.Struct, frozen=True):
     """A node with empty slots; an earlier incarnation of it (lower epoch) is gone."""
 
     node: NodeSpec
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class NodeLost:
+class NodeLost(msgspec.Struct, frozen=True):
     node_id: NodeId
     epoch: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class WorkersChanged:
+class WorkersChanged(msgspec.Struct, frozen=True):
     """How many worker processes of a node are alive and past their start, busy or spare."""
 
     node_id: NodeId
     num_ready: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class RequestArrived:
+class RequestArrived(msgspec.Struct, frozen=True):
     request_id: RequestId
     model_id: ModelId
     num_prompt_tokens: int = 0
@@ -64,8 +58,7 @@ class RequestArrived:
     """Equal for prompts that begin alike; replicas that computed one before answer sooner."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class RequestFinished:
+class RequestFinished(msgspec.Struct, frozen=True):
     """The request has its last token, failed for good, or its client went away."""
 
     request_id: RequestId
@@ -73,24 +66,21 @@ class RequestFinished:
     """Dispatch to first token; None when there was none."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class StageRequested:
+class StageRequested(msgspec.Struct, frozen=True):
     """Somebody asked for a model to be brought up to `tier` (DISK or DRAM)."""
 
     model_id: ModelId
     tier: Tier
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class EvictRequested:
+class EvictRequested(msgspec.Struct, frozen=True):
     """Somebody asked for a model to leave `tier` (DRAM or DISK) and every tier above it."""
 
     model_id: ModelId
     tier: Tier
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ReplicaReady:
+class ReplicaReady(msgspec.Struct, frozen=True):
     """A replica answers from now on. `phases` says what its start took."""
 
     node_id: NodeId
@@ -99,8 +89,7 @@ class ReplicaReady:
     phases: Phases
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ReplicaFailed:
+class ReplicaFailed(msgspec.Struct, frozen=True):
     """A replica never became ready, for a reason of its model's (`code` as in errors.py)."""
 
     node_id: NodeId
@@ -110,8 +99,7 @@ class ReplicaFailed:
     message: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ReplicaLost:
+class ReplicaLost(msgspec.Struct, frozen=True):
     """The worker of a replica died while loading or serving; its requests must go on elsewhere."""
 
     node_id: NodeId
@@ -120,15 +108,13 @@ class ReplicaLost:
     reason: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ReplicaStopped:
+class ReplicaStopped(msgspec.Struct, frozen=True):
     node_id: NodeId
     replica_id: ReplicaId
     model_id: ModelId
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Staged:
+class Staged(msgspec.Struct, frozen=True):
     """A model's bytes are in `tier`. Sent for a Stage order and, with DRAM, inside a cold start."""
 
     node_id: NodeId
@@ -138,8 +124,7 @@ class Staged:
     seconds: float
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class StageFailed:
+class StageFailed(msgspec.Struct, frozen=True):
     node_id: NodeId
     model_id: ModelId
     tier: Tier
@@ -147,8 +132,7 @@ class StageFailed:
     message: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Evicted:
+class Evicted(msgspec.Struct, frozen=True):
     node_id: NodeId
     model_id: ModelId
     tier: Tier
@@ -158,28 +142,24 @@ FORECASTS_PER_EVENT = 8
 """So that no event of the controller's is long: each may be one more plan."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ForecastReady:
+class ForecastReady(msgspec.Struct, frozen=True):
     """Forecasts of a few series, each newer than the last one of the same series."""
 
     forecasts: tuple[SeriesForecast, ...]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class BoundsChanged:
+class BoundsChanged(msgspec.Struct, frozen=True):
     """A model's bounds are others from now on: set by somebody, or by its schedule."""
 
     model_id: ModelId
     scaling: Scaling
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class DrainStarted:
+class DrainStarted(msgspec.Struct, frozen=True):
     """The server is to stop: no new work is accepted, running work may finish."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Tick:
+class Tick(msgspec.Struct, frozen=True):
     """Time has passed: deadlines and keep-alives may be due."""
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import time
 from collections.abc import Callable, Iterable
 
+import msgspec
 import structlog
 
 from flashserve.errors import FlashServeError, InternalError, ReplicaError, UnavailableError
@@ -169,7 +169,7 @@ class Replica:
         if not order.is_whole:
             self._relay(landing.num_open)
         init_s = max(0.0, time.monotonic() - told_at - loaded.device_s)
-        phases = dataclasses.replace(waited, device_s=loaded.device_s, init_s=init_s)
+        phases = msgspec.structs.replace(waited, device_s=loaded.device_s, init_s=init_s)
         return ReplicaReady(*self._names(), phases)
 
     def _follow(self, held: HeldModel) -> Landing:

@@ -6,6 +6,8 @@ import dataclasses
 import enum
 from typing import NamedTuple, Self
 
+import msgspec
+
 from flashserve.config import PriceSettings
 from flashserve.types import Phases, Tier
 
@@ -153,7 +155,7 @@ def remaining(start: Phases, elapsed_s: float) -> Phases:
         phase = getattr(start, name)
         left[name] = max(0.0, phase - max(0.0, elapsed_s))
         elapsed_s -= phase
-    return dataclasses.replace(start, **left)
+    return msgspec.structs.replace(start, **left)
 
 
 def average(old: float | None, sample: float, low: float, high: float) -> float | None:

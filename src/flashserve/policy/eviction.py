@@ -7,9 +7,10 @@ idle. With equal restart costs this is LRU.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable
+
+import msgspec
 
 from flashserve.policy import text
 from flashserve.types import ModelId, ReplicaId, Tier
@@ -17,8 +18,7 @@ from flashserve.types import ModelId, ReplicaId, Tier
 _MIN_IDLE_S = 1e-3
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(msgspec.Struct, frozen=True):
     """An idle replica, or a model's bytes in DRAM that nobody uses.
 
     num_bytes: what leaving DRAM would free; replica_ids: idle replicas to stop before that;

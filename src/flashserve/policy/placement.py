@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from typing import NamedTuple
+
+import msgspec
 
 from flashserve.policy import text
 from flashserve.policy.cost import Costs, predict_start, startup_s
@@ -22,8 +23,7 @@ class NodeView(NamedTuple):
     free_bytes: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(msgspec.Struct, frozen=True):
     node_id: NodeId
     phases: Phases
     reason: str

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
+
+import msgspec
 
 CallAt = Callable[[float, Callable[[float], None]], object]
 """Has a function called at a time, with that time."""
@@ -11,8 +12,7 @@ CallAt = Callable[[float, Callable[[float], None]], object]
 _EPSILON = 1e-9
 
 
-@dataclasses.dataclass(slots=True, eq=False)
-class Move:
+class Move(msgspec.Struct, eq=False):
     """Bytes under way; `end` is the reading of the link's meter at which they are there."""
 
     end: float

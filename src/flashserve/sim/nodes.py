@@ -13,6 +13,8 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
+import msgspec
+
 from flashserve.messages.commands import (
     Dispatch,
     Evict,
@@ -50,8 +52,7 @@ _NUM_GROUPS = 32
 """The copy to the device follows the bytes from disk by groups; one of them is left at the end."""
 
 
-@dataclasses.dataclass(slots=True, eq=False)
-class ModelledReplica:
+class ModelledReplica(msgspec.Struct, eq=False):
     """From the order to start it until its worker is free again."""
 
     replica_id: ReplicaId
@@ -321,7 +322,7 @@ class ModelledNode:
         if replica.is_gone:
             return
         if self._cores.are_shared:
-            phases = dataclasses.replace(phases, init_s=now - built_from)
+            phases = msgspec.structs.replace(phases, init_s=now - built_from)
         slots = AdapterSlots(self._num_adapters, self._speeds.adapter_s)
         costs = self._costs.of(replica.model.size_bytes)
         replica.engine = self._make_engine(costs, self._shape, slots, is_open=replica.is_open)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import abc
 import collections
-import dataclasses
 import math
 from collections.abc import Callable
+
+import msgspec
 
 from flashserve.sim.profiles import EngineShape, StepCosts
 from flashserve.types import RequestId
@@ -24,8 +25,7 @@ _NUM_GROUPS = 32
 _ROUNDING = 1e-9
 
 
-@dataclasses.dataclass(slots=True, eq=False)
-class Job:
+class Job(msgspec.Struct, eq=False):
     """What a request asks of an engine, and what has become of it; times are virtual seconds.
 
     prefix_tokens: of the prompt, equal in all jobs of the same `prefix` (and adapter) of a model.

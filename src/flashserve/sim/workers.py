@@ -6,6 +6,8 @@ import collections
 import dataclasses
 from collections.abc import Callable
 
+import msgspec
+
 from flashserve.types import ModelId
 
 
@@ -20,8 +22,7 @@ class Worker:
     """With the source of each: a model deployed anew from another one does not wake."""
 
 
-@dataclasses.dataclass(slots=True, eq=False)
-class Claim:
+class Claim(msgspec.Struct, eq=False):
     """Answered once, in order; `worker` is None until then."""
 
     model_id: ModelId

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 
+import msgspec
+
 from flashserve.config import PolicySettings
 from flashserve.control.controller import Controller
 from flashserve.messages import commands, events
@@ -247,7 +249,7 @@ class Fleet:
         for fake in self.nodes.values():
             for queue in list(fake.answers.values()):
                 if queue and isinstance(event := queue[0], events.ReplicaReady):
-                    queue[0] = dataclasses.replace(event, phases=phases)
+                    queue[0] = msgspec.structs.replace(event, phases=phases)
 
     def answer_all(self) -> list[commands.Command]:
         """Let the nodes answer everything, and what follows from it."""

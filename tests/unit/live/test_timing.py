@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,7 +29,7 @@ def stopwatch(received_at: float = 99.0, arrived_at: float = 100.0) -> Stopwatch
 
 
 def test_a_start_that_began_with_the_request_is_in_its_receipt_whole() -> None:
-    assert clip_startup(START, 40.0) == dataclasses.replace(START, queue_s=9.0)
+    assert clip_startup(START, 40.0) == msgspec.structs.replace(START, queue_s=9.0)
 
 
 def test_of_a_start_that_began_earlier_the_last_phases_count() -> None:
@@ -46,7 +47,7 @@ phases = st.builds(Phases, *[st.floats(0, 1e4)] * 7)
 def test_the_phases_sum_to_the_waiting(startup: Phases | None, waited_s: float) -> None:
     clipped = clip_startup(startup, waited_s)
     assert clipped.total_s == pytest.approx(waited_s)
-    assert min(dataclasses.astuple(clipped)) >= 0
+    assert min(msgspec.structs.astuple(clipped)) >= 0
 
 
 def test_a_warm_request_has_a_prefill_and_nothing_else() -> None:
@@ -74,7 +75,7 @@ def test_a_cold_request_shows_prediction_and_start_and_leaves_both_out_of_the_ga
     watch.token(132.0, 132.0)
     receipt = watch.receipt
     assert receipt.cold
-    assert receipt.actual == dataclasses.replace(START, queue_s=0.5, prefill_s=0.5)
+    assert receipt.actual == msgspec.structs.replace(START, queue_s=0.5, prefill_s=0.5)
     assert receipt.actual.total_s == 32.0
     assert receipt.gateway_in_s == 1.25
     assert receipt.reason == "because"
