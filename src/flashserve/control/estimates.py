@@ -109,10 +109,17 @@ class Estimates:
             self._averages[Quantity.INIT_S].get(model_id, default[Quantity.INIT_S]),
         )
 
-    def startup_s(self, node_id: NodeId, model_id: ModelId, size_bytes: int, tier: Tier) -> float:
-        """Of a start on a spare worker: as `cost.startup_s` of `costs`, without a value between."""
+    def startup_s(
+        self,
+        node_id: NodeId,
+        model_id: ModelId,
+        size_bytes: int,
+        tier: Tier,
+        worker: WorkerState = WorkerState.SPARE,
+    ) -> float:
+        """`cost.startup_s` of `costs`, which nobody else needs then."""
         averages, default = self._averages, self._default
-        place, init, dram = Quantity.PLACE_SPARE_S, Quantity.INIT_S, Quantity.DRAM_BYTES_PER_S
+        place, init, dram = _place(worker), Quantity.INIT_S, Quantity.DRAM_BYTES_PER_S
         seconds = averages[place].get(node_id, default[place])
         seconds += averages[init].get(model_id, default[init])
         seconds += size_bytes / averages[dram].get(node_id, default[dram])

@@ -19,7 +19,7 @@ from flashserve.messages.commands import (
     StopReplica,
 )
 from flashserve.policy.admission import Refusal
-from flashserve.policy.cost import WorkerState
+from flashserve.policy.cost import WorkerState, predict_start
 from flashserve.policy.placement import Placement
 from flashserve.types import ModelSpec, Tier
 
@@ -28,6 +28,7 @@ def start_replica(
     state: State, node: Node, model: Model, placement: Placement, worker: WorkerState, now: float
 ) -> StartReplica:
     """The caller has made sure of a slot and of the bytes."""
+    costs = state.estimates.costs(node.node_id, model.model_id, worker)
     replica = Replica(
         state.new_replica_id(model.model_id),
         model.spec,
@@ -35,7 +36,7 @@ def start_replica(
         node.spec.epoch,
         node.spec.max_sequences,
         started_at=now,
-        phases=placement.phases,
+        phases=predict_start(model.spec.size_bytes, placement.tier, costs),
         worker=worker,
     )
     state.hold_bytes(node, model.spec, now)

@@ -13,6 +13,7 @@ import msgspec
 
 from flashserve.control.demand import Demand
 from flashserve.control.shares import Shares
+from flashserve.control.timers import Timer, TimerKind
 from flashserve.policy.admission import Failure
 from flashserve.policy.cost import EXTENT_BYTES, WorkerState, extent_bytes
 from flashserve.policy.plans import Plan
@@ -152,9 +153,11 @@ class Model(Demand):
     bounds_of: Scaling | None = None
     """What State.bounds found, of which spec.scaling."""
     model_id: ModelId = dataclasses.field(init=False)  # == spec.model_id, whatever spec it has
+    review_timer: Timer = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         self.model_id = self.spec.model_id
+        self.review_timer = Timer(TimerKind.REVIEW, self.model_id)
 
     @property
     def is_wanting(self) -> bool:

@@ -10,7 +10,7 @@ from flashserve.control.records import Model, Node, Replica
 from flashserve.control.state import State
 from flashserve.messages.commands import Command
 from flashserve.policy import eviction
-from flashserve.policy.cost import WorkerState, extent_bytes, predict_start, startup_s
+from flashserve.policy.cost import WorkerState, extent_bytes, predict_start
 from flashserve.policy.eviction import Candidate
 from flashserve.types import ModelId, Tier
 
@@ -114,11 +114,13 @@ def _stop(state: State, victim: Candidate, reason: str, now: float) -> list[Comm
 
 
 def _slot_candidate(state: State, replica: Replica, now: float) -> Candidate:
-    costs = state.estimates.costs(replica.node_id, replica.model_id, WorkerState.SPARE)
+    restart_s = state.estimates.startup_s(
+        replica.node_id, replica.model_id, replica.model.size_bytes, Tier.DRAM
+    )
     return Candidate(
         replica.model_id,
         idle_s=now - replica.changed_at,
-        restart_s=startup_s(replica.model.size_bytes, Tier.DRAM, costs),
+        restart_s=restart_s,
         replica_ids=(replica.replica_id,),
         rate_per_s=_rate(state.models[replica.model_id], now),
     )

@@ -21,7 +21,6 @@ from flashserve.control.state import State
 from flashserve.messages.commands import Command
 from flashserve.messages.events import BoundsChanged, ForecastReady
 from flashserve.policy import keepalive
-from flashserve.policy.cost import WorkerState, startup_s
 from flashserve.policy.placement import place
 from flashserve.policy.plans import Facts, trusted
 from flashserve.types import SeriesForecast
@@ -77,7 +76,7 @@ def settle(state: State, now: float, *, before_starts: bool = False) -> list[Com
     while state.unplanned:
         model_id = next(iter(state.unplanned))
         model = state.unplanned.pop(model_id)
-        if state.find(model_id) is not model:
+        if model.is_deleted or state.models.get(model_id) is not model:
             continue
         if before_starts and not model.replicas and model_id in state.line.models:
             put_off.append(model)
@@ -148,9 +147,11 @@ def _load(model: Model) -> tuple[int, float | None]:
 
 def _scale_out_at(facts: Facts) -> float:
     """With more requests than this, the policy is asked for another replica."""
-    if not 0 < facts.num_replicas < facts.max_replicas:
+    scaling, num_replicas = facts.scaling, facts.num_replicas
+    assert scaling.max_replicas is not None
+    if not 0 < num_replicas < scaling.max_replicas:
         return math.inf
-    return facts.num_replicas * (facts.scaling.target or facts.limit)
+    return num_replicas * (scaling.target or facts.limit)
 
 
 def _keep_minimum(state: State, model: Model) -> None:
@@ -218,7 +219,7 @@ def _start_ahead(state: State, model: Model, now: float) -> list[Command]:
     nodes = [
         node for node in slots.candidates(state, model, set()) if _is_worth(state, node, model, now)
     ]
-    placement = place((slots.view(state, node, model) for node in nodes), model.spec.size_bytes)
+    placement = place(slots.view(state, node, model) for node in nodes)
     if placement is None:
         return []
     node = state.nodes[placement.node_id]
@@ -240,7 +241,7 @@ def _is_worth(state: State, node: Node, model: Model, now: float) -> bool:
         return False
     if model.num_serving < model.spec.scaling.min_replicas:
         return True
-    costs = state.estimates.costs(node.node_id, model.model_id, WorkerState.SPARE)
-    saved_s = startup_s(model.spec.size_bytes, state.tier_on(model, node), costs)
+    tier = state.tier_on(model, node)
+    saved_s = state.estimates.startup_s(node.node_id, model.model_id, model.spec.size_bytes, tier)
     worth = saved_s * (model.plan.rate_per_s or 0.0)
     return room.gives_way(state, node, model, worth, now, for_replica=True)

@@ -7,7 +7,6 @@ longer say the truth are dropped when they surface, and all at once when there a
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -27,7 +26,8 @@ class _Tenant:
     def __init__(self, name: str, weight: float) -> None:
         self.name, self.weight = name, weight
         self.running = 0
-        self.waiting: OrderedDict[RequestId, Request] = OrderedDict()
+        self.waiting: dict[RequestId, Request] = {}
+        """In order of arrival."""
 
     @property
     def load(self) -> Load:
@@ -50,8 +50,9 @@ class Shares:
             tenant = self._tenant(request)
             last = next(reversed(tenant.waiting.values()), None)
             tenant.waiting[request.request_id] = request
-            if last and request.sequence < last.sequence:
-                _sort(tenant.waiting)  # it has lost its replica
+            if last and request.sequence < last.sequence:  # it has lost its replica
+                ordered = sorted(tenant.waiting.values(), key=lambda request: request.sequence)
+                tenant.waiting = {request.request_id: request for request in ordered}
             self._note(tenant)
 
     def stop_waiting(self, request: Request) -> None:
@@ -125,9 +126,3 @@ class Shares:
 
 def _excess_key(load: Load) -> tuple[float, str]:
     return -excess(load.waiting, load.weight), load.tenant
-
-
-def _sort(waiting: OrderedDict[RequestId, Request]) -> None:
-    """By arrival."""
-    for request in sorted(waiting.values(), key=lambda request: request.sequence):
-        waiting.move_to_end(request.request_id)

@@ -63,7 +63,7 @@ def fill(state: State, now: float) -> list[Command]:
 def _start(state: State, model: Model, taken: set[NodeId], now: float) -> list[Command]:
     """Start the model where it would be ready first; nothing when it fits nowhere."""
     nodes = candidates(state, model, taken)
-    placement = place((view(state, node, model) for node in nodes), model.spec.size_bytes)
+    placement = place(view(state, node, model) for node in nodes)
     if placement is None:
         return []
     node = state.nodes[placement.node_id]
@@ -104,13 +104,11 @@ def _likely(state: State, model: Model) -> Iterator[Node]:
 
 
 def view(state: State, node: Node, model: Model) -> NodeView:
-    return NodeView(
-        node.node_id,
-        state.tier_on(model, node),
-        state.estimates.costs(node.node_id, model.model_id, worker_state(node)),
-        node.free_slots,
-        node.free_bytes,
+    tier, worker = state.tier_on(model, node), worker_state(node)
+    startup_s = state.estimates.startup_s(
+        node.node_id, model.model_id, model.spec.size_bytes, tier, worker
     )
+    return NodeView(node.node_id, tier, startup_s, node.free_slots, node.free_bytes)
 
 
 def worker_state(node: Node) -> WorkerState:

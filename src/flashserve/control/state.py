@@ -399,12 +399,12 @@ class State:
     def watch_review(self, model: Model) -> None:
         due = self.review_at(model)
         if due is not None:
-            self.timers.schedule(Timer(TimerKind.REVIEW, model.model_id), due)
+            self.timers.schedule(model.review_timer, due)
 
     def review_at(self, model: Model) -> float | None:
         """When the policy is to be asked about the model, with no other event."""
         due = model.plan.review_at
-        if model.model_id in self.short and model.no_start_before > 0:
+        if model.no_start_before > 0 and model.model_id in self.short:
             due = min(due, model.no_start_before)
         return due if due < math.inf else None
 

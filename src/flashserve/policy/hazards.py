@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import bisect
-import itertools
 import math
+import operator
 import statistics
 from collections.abc import Sequence
 
@@ -43,7 +43,8 @@ class Hazards:
         if self._is_sound is None:
             self._is_sound = _is_sound(self.said)
             if self._is_sound:
-                self._by_lead = [hazard(p) for p in self.said.p_arrival]
+                # `hazard` of each, without a call
+                self._by_lead = [-math.log1p(-min(p, _MAX_P)) for p in self.said.p_arrival]
         return self._is_sound
 
     def chance(self, now: float, lead_s: float) -> float:
@@ -103,13 +104,14 @@ def _is_sound(said: SeriesForecast) -> bool:
     if not num or not len(said.p_arrival) == len(said.mean) == len(said.upper) == num:
         return False
     leads = said.leads_s
-    if not (leads[0] > 0 and all(a < b for a, b in itertools.pairwise(leads))):
+    if not (leads[0] > 0 and all(map(operator.lt, leads, leads[1:]))):
         return False
     counts = (*said.mean, *said.upper)
     return (
         math.isfinite(leads[-1])
         and math.isfinite(said.made_at)
-        and all(0 <= p <= 1 for p in said.p_arrival)
-        and all(map(math.isfinite, counts))
+        and all(map(math.isfinite, (*said.p_arrival, *counts)))
+        and min(said.p_arrival) >= 0
+        and max(said.p_arrival) <= 1
         and min(counts) >= 0
     )

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 from flashserve.policy import text
-from flashserve.policy.cost import Costs, predict_start, startup_s
-from flashserve.types import NodeId, Phases, Tier
+from flashserve.types import NodeId, Tier
 
 
 class NodeView(NamedTuple):
@@ -18,31 +17,29 @@ class NodeView(NamedTuple):
     node_id: NodeId
     tier: Tier
     """Where this node has the model's bytes."""
-    costs: Costs
+    startup_s: float
+    """What a start of the model is predicted to take there."""
     free_slots: int
     free_bytes: int
 
 
 class Placement(msgspec.Struct, frozen=True):
     node_id: NodeId
-    phases: Phases
+    tier: Tier
     reason: str
 
 
-def place(nodes: Iterable[NodeView], size_bytes: int) -> Placement | None:
+def place(nodes: Iterable[NodeView]) -> Placement | None:
     """The node where the model would be ready first; None when there is no node.
 
     Ties go to the node with more free slots, then more free memory, then the smaller identifier.
     """
-    ranked = sorted(
-        (startup_s(size_bytes, node.tier, node.costs), -node.free_slots, -node.free_bytes, node)
-        for node in nodes
-    )
+    ranked = sorted([(node.startup_s, -node.free_slots, -node.free_bytes, node) for node in nodes])
     if not ranked:
         return None
-    best_s, *_, best = ranked[0]
-    reason = f"{best.tier.label} on {best.node_id}: {text.seconds(best_s)} predicted"
+    best = ranked[0][-1]
+    reason = f"{best.tier.label} on {best.node_id}: {text.seconds(best.startup_s)} predicted"
     if len(ranked) > 1:
-        other_s, *_, other = ranked[1]
-        reason += f", next best {other.node_id} {text.seconds(other_s)}"
-    return Placement(best.node_id, predict_start(size_bytes, best.tier, best.costs), reason)
+        other = ranked[1][-1]
+        reason += f", next best {other.node_id} {text.seconds(other.startup_s)}"
+    return Placement(best.node_id, best.tier, reason)

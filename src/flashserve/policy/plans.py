@@ -11,13 +11,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+import msgspec
 
 from flashserve.policy.hazards import Hazards
 from flashserve.types import ModelId, Scaling, Tier
 
 
-class Facts(NamedTuple):
+class Facts(msgspec.Struct, frozen=True):
     """A model at the moment of the question.
 
     tier: where its bytes are nearest, replicas apart; restart_s: what a start from there would
@@ -55,7 +57,7 @@ class Facts(NamedTuple):
         return self.scaling.max_replicas
 
 
-class Plan(NamedTuple):
+class Plan(msgspec.Struct, frozen=True):
     """What the model deserves.
 
     replicas: wanted now. More than there are means a start ahead of requests, where there is room
@@ -121,14 +123,16 @@ def trusted(plan: Plan, facts: Facts, now: float) -> Plan:
     model's keep-alive, a review that is due already (or is no time) comes in a moment, and a rate
     that is none is left out.
     """
-    replicas, keep_idle_s, review_at, rate_per_s, *_ = plan
+    replicas, keep_idle_s = plan.replicas, plan.keep_idle_s
+    review_at, rate_per_s = plan.review_at, plan.rate_per_s
     is_kept_for_long = keep_idle_s >= 0  # NaN is not
     is_ahead = review_at >= now + _SOONEST_S  # NaN is not
     is_rate = rate_per_s is None or 0 <= rate_per_s < math.inf
     within = clamp(replicas, facts)
     if within == replicas and is_kept_for_long and is_ahead and is_rate:
         return plan
-    return plan._replace(
+    return msgspec.structs.replace(
+        plan,
         replicas=within,
         keep_idle_s=keep_idle_s if is_kept_for_long else facts.keep_alive_s,
         review_at=review_at if is_ahead else now + _MIN_REVIEW_S,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from flashserve.policy.hazards import Hazards
 from flashserve.policy.plans import Facts
 from flashserve.types import ModelId, Scaling, SeriesForecast, Tier
@@ -31,7 +33,7 @@ def facts(**changes: object) -> Facts:
     )
     if isinstance(said := changes.get("forecast"), SeriesForecast):
         changes["forecast"] = Hazards(said)
-    return known._replace(**changes)  # type: ignore[arg-type]
+    return msgspec.structs.replace(known, **changes)  # type: ignore[arg-type]
 
 
 def forecast(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 from tests.unit.policy.facts import facts
 
@@ -65,7 +66,10 @@ def test_the_oracle_keeps_to_a_start_that_was_due_though_starts_turn_out_to_be_q
     due_at = oracle.plan(facts(), now=0.0).review_at
     quicker = facts(restart_s=facts().restart_s / 2)
     assert oracle.plan(quicker, now=due_at).replicas == 1
-    assert oracle.plan(quicker._replace(num_replicas=1), now=due_at + 0.1).replicas == 1
+    assert (
+        oracle.plan(msgspec.structs.replace(quicker, num_replicas=1), now=due_at + 0.1).replicas
+        == 1
+    )
 
 
 def test_the_oracle_keeps_what_is_used_again_before_a_start_would_be_over() -> None:

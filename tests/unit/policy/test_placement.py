@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from flashserve.policy.cost import Costs
+from flashserve.policy.cost import Costs, startup_s
 from flashserve.policy.placement import NodeView, place
 from flashserve.types import NodeId, Tier
 
@@ -17,31 +17,32 @@ COSTS = Costs(
 def view(
     name: str, tier: Tier = Tier.DISK, slots: int = 1, free: int = GB, **costs: float
 ) -> NodeView:
-    return NodeView(NodeId(name), tier, COSTS._replace(**costs), slots, free)
+    startup = startup_s(GB, tier, COSTS._replace(**costs))
+    return NodeView(NodeId(name), tier, startup, slots, free)
 
 
 def test_nowhere_to_place() -> None:
-    assert place([], GB) is None
+    assert place([]) is None
 
 
 def test_bytes_in_dram_beat_bytes_on_disk_and_the_reason_says_by_how_much() -> None:
-    placement = place([view("n2"), view("n1", Tier.DRAM)], GB)
+    placement = place([view("n2"), view("n1", Tier.DRAM)])
     assert placement is not None
     assert placement.node_id == "n1"
     assert placement.reason == "dram on n1: 0.12 s predicted, next best n2 1.1 s"
-    assert placement.phases.dram_s == 0.0
+    assert placement.tier is Tier.DRAM
 
 
 def test_a_fast_disk_beats_dram_whose_workers_are_still_starting() -> None:
     starting = view("n1", Tier.DRAM, place_s=3.0)
-    placement = place([starting, view("n2")], GB)
+    placement = place([starting, view("n2")])
     assert placement is not None
     assert placement.node_id == "n2"
 
 
 def test_of_equal_nodes_the_emptier_one_is_taken_and_then_the_first_by_name() -> None:
     def best(*views: NodeView) -> str:
-        placement = place(views, GB)
+        placement = place(views)
         assert placement is not None
         return placement.node_id
 
@@ -51,6 +52,6 @@ def test_of_equal_nodes_the_emptier_one_is_taken_and_then_the_first_by_name() ->
 
 
 def test_one_node_has_no_next_best() -> None:
-    placement = place([view("n1", Tier.REMOTE)], GB)
+    placement = place([view("n1", Tier.REMOTE)])
     assert placement is not None
     assert placement.reason == "remote on n1: 5.1 s predicted"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,7 +36,7 @@ def test_a_model_is_warm_when_a_cold_start_is_expected_to_cost_more_than_idling(
 def test_a_start_ahead_must_also_pay_for_its_own_loading() -> None:
     slow = facts(restart_s=30.0, forecast=forecast(0.024))
     prices = Prices(gpu_per_s=1 / 60, wait_per_s=1.0, slo_miss=0.0)
-    assert Predictive(prices).plan(slow._replace(num_replicas=1), 0.0).replicas == 1
+    assert Predictive(prices).plan(msgspec.structs.replace(slow, num_replicas=1), 0.0).replicas == 1
     assert Predictive(prices).plan(slow, 0.0).replicas == 0
 
 
@@ -125,18 +126,20 @@ def test_when_forecasts_stop_coming_the_keep_alive_takes_over() -> None:
 
 def test_a_model_s_own_keep_alive_is_kept_and_starts_ahead_come_on_top() -> None:
     own = facts(num_replicas=1, keep_alive_s=900.0, has_own_keep_alive=True)
-    unlikely = policy().plan(own._replace(forecast=Hazards(forecast(0.001))), 0.0)
+    unlikely = policy().plan(msgspec.structs.replace(own, forecast=Hazards(forecast(0.001))), 0.0)
     assert (unlikely.replicas, unlikely.keep_idle_s) == (0, 900.0)
-    likely = policy().plan(own._replace(num_replicas=0, forecast=Hazards(forecast(0.9))), 0.0)
+    likely = policy().plan(
+        msgspec.structs.replace(own, num_replicas=0, forecast=Hazards(forecast(0.9))), 0.0
+    )
     assert likely.replicas == 1
 
 
 def test_replicas_are_the_larger_of_what_runs_and_what_is_forecast() -> None:
     quiet = facts(num_replicas=1, forecast=forecast(0.99, mean=300.0))  # 20 at once, 8 in each
     assert policy().plan(quiet, 0.0).replicas == 3
-    busy = quiet._replace(in_flight=20, waiting=9)
+    busy = msgspec.structs.replace(quiet, in_flight=20, waiting=9)
     assert policy().plan(busy, 0.0).replicas == 4
-    aimed = quiet._replace(scaling=Scaling(0, 9, target=4))
+    aimed = msgspec.structs.replace(quiet, scaling=Scaling(0, 9, target=4))
     assert policy().plan(aimed, 0.0).replicas == 5
 
 
