@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import itertools
 import json
 import math
@@ -134,7 +133,7 @@ def test_a_node_that_reports_nonsense_rates_goes_on_being_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
     node = Strict()
-    phases = dataclasses.replace(Phases(), dram_s=seconds, device_s=seconds, init_s=seconds)
+    phases = Phases(dram_s=seconds, device_s=seconds, init_s=seconds)
     monkeypatch.setattr("tests.integration.live.fake_node.START", phases)
 
     async def scenario(rig: Rig) -> None:
