@@ -7,6 +7,7 @@ import functools
 import pathlib
 from collections.abc import Callable, Iterator
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -213,7 +214,7 @@ class _Blind(Workload):
 
     def arrivals(self) -> Iterator[Arrival]:
         for at, event, job in Workload.arrivals(self):
-            yield at, dataclasses.replace(event, adapter=""), job
+            yield at, msgspec.structs.replace(event, adapter=""), job
 
 
 @functools.lru_cache(maxsize=4)
