@@ -49,7 +49,8 @@ model: $(INSTALLED) ## Convert the real small model that demo and tests use (onc
 
 .PHONY: test
 test: model ## Run every test
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 tests/unit
+	@$(BIN)/python -m pytest tests/integration tests/e2e
 
 .PHONY: lint
 lint: $(INSTALLED) ## Check style, types and the direction of imports

@@ -11,7 +11,7 @@ from tests.unit.forecast.workloads import workload
 from flashserve.errors import InputError
 from flashserve.forecast.baselines import Ewma, SeasonalNaive
 from flashserve.forecast.core import FollowingModel, History
-from flashserve.forecast.forecaster import MAX_TOLD_MINUTES, Forecaster
+from flashserve.forecast.forecaster import MAX_TOLD_MINUTES, REFRESH_MINUTES, Forecaster
 from flashserve.forecast.hazard import HazardModel
 from flashserve.forecast.ski import SkiRental
 
@@ -156,6 +156,20 @@ def test_entries_of_minutes_not_closed_are_bounded() -> None:
     for number in range(200_010):
         forecaster.observe_minute("a", START + number, 1)
     assert forecaster.num_dropped == 10
+
+
+def test_what_stays_is_told_again_when_something_arrived_and_in_its_turn() -> None:
+    forecaster = Forecaster(Ewma(), 0)
+    names = [f"s{number}" for number in range(25)]
+    for name in names:
+        forecaster.watch(name)
+    turns = []
+    for _ in range(REFRESH_MINUTES):
+        forecaster.close_minute()
+        turns.append(forecaster.told_again(()))
+    assert set.union(*turns) == set(names)
+    assert max(map(len, turns)) <= 3
+    assert {"s7", "s8"} <= forecaster.told_again(["s7", "s8"])
 
 
 def test_only_what_changed_is_told_again() -> None:
