@@ -159,7 +159,7 @@ def test_entries_of_minutes_not_closed_are_bounded() -> None:
 
 
 def test_what_stays_is_told_again_when_something_arrived_and_in_its_turn() -> None:
-    forecaster = Forecaster(Ewma(), 0)
+    forecaster = Forecaster(Ewma(60), START)
     names = [f"s{number}" for number in range(25)]
     for name in names:
         forecaster.watch(name)
