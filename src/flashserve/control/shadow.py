@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 
@@ -40,6 +40,7 @@ from flashserve.policy.plans import Facts, Policy, bounded, trusted
 from flashserve.types import ModelId, ModelSpec, NodeId, RequestId, Tier
 
 _MIN_REVIEW_S = 1.0
+_DRAINED_AT_ONCE = 500
 _NO_ROOM = frozenset({"queue_full", "deadline_exceeded"})
 """Refusals that a world without limits would not know."""
 
@@ -83,14 +84,39 @@ class Shadow:
 
     def drain(self, now: float) -> dict[ModelId, WorkerUsage]:
         """What each model took since the last time."""
-        self._catch_up(now)
-        drained, self._gone = self._gone, {}
-        for model_id, model in list(self._active.items()):
-            model.settle(now)
-            drained.setdefault(model_id, WorkerUsage()).add(model.take_usage())
-            if not model.is_active:
-                del self._active[model_id]
+        drained: dict[ModelId, WorkerUsage] = {}
+        for part in self.drain_parts(lambda: now):
+            for model_id, taken in part.items():
+                if before := drained.get(model_id):
+                    before.add(taken)
+                else:
+                    drained[model_id] = taken
         return drained
+
+    def drain_parts(self, now: Callable[[], float]) -> Iterator[dict[ModelId, WorkerUsage]]:
+        """The same, of some models at a time; events may be observed between two parts.
+
+        now: the time that is to be counted up to, asked for each part.
+        """
+        self._catch_up(now())
+        drained, self._gone = self._gone, {}
+        yield drained
+        active = list(self._active.values())
+        for first in range(0, len(active), _DRAINED_AT_ONCE):
+            at = now()
+            self._catch_up(at)
+            yield dict(self._taken(active[first : first + _DRAINED_AT_ONCE], at))
+
+    def _taken(
+        self, models: Iterable[ShadowModel], now: float
+    ) -> Iterator[tuple[ModelId, WorkerUsage]]:
+        for model in models:
+            if self._active.get(model.model_id) is not model:
+                continue  # deleted meanwhile
+            model.settle(now)
+            yield model.model_id, model.take_usage()
+            if not model.is_active:
+                del self._active[model.model_id]
 
     def _note_event(self, event: Event, now: float) -> None:
         match event:

@@ -30,8 +30,13 @@ class WorkerUsage:
         return self.busy_s + self.loading_s + self.idle_s
 
     def add(self, other: WorkerUsage) -> None:
-        for name in FIELDS:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.busy_s += other.busy_s  # one by one: a server adds these for each of its models
+        self.loading_s += other.loading_s
+        self.idle_s += other.idle_s
+        self.wait_s += other.wait_s
+        self.requests += other.requests
+        self.cold += other.cold
+        self.misses += other.misses
 
     def worker_price(self, prices: Prices) -> float:
         return self.held_s * prices.gpu_per_s

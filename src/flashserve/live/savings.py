@@ -89,23 +89,29 @@ class Savings:
             pass
 
     def _gather(self) -> Iterator[None]:
-        """In parts, between which events may be observed: an always-on shadow of many models takes
-        a while. Every part begins where it ended the last time, so that nothing is lost or counted
-        twice.
+        """In parts of some models, between which events may be observed. Every part begins where
+        it ended the last time, so that nothing is lost or counted twice.
         """
         usage = self._ledger.drain(self._now()) if self._ledger is not None else {}
         live = _by_model(usage)
         self._add(Accounts(usage=usage))
         for name in list(self._shadows):
-            yield
-            if (shadow := self._shadows.get(name)) is None:
-                continue
-            try:
-                taken = shadow.drain(self._now())
-            except Exception as error:
-                self._put_aside(name, error)
-                continue
-            self._add(Accounts(compared=_compare(name, taken, live)))
+            if shadow := self._shadows.get(name):
+                yield from self._gather_shadow(name, shadow, dict(live))
+
+    def _gather_shadow(
+        self, name: str, shadow: Shadow, live: dict[ModelId, WorkerUsage]
+    ) -> Iterator[None]:
+        """live: what the server took meanwhile, as far as it is not compared yet."""
+        try:
+            for taken in shadow.drain_parts(self._now):
+                known = {model: live.pop(model) for model in taken.keys() & live.keys()}
+                self._add(Accounts(compared=_compare(name, taken, known)))
+                yield
+        except Exception as error:
+            self._put_aside(name, error)
+        else:
+            self._add(Accounts(compared=_compare(name, {}, live)))
 
     def _add(self, accounts: Accounts) -> None:
         """Metrics are only of models that there are, without adapters, so that they do not pile
@@ -173,7 +179,7 @@ class Savings:
             _log.error("old usage not dropped", reason=error.message)
 
     def _put_aside(self, name: str, error: Exception) -> None:
-        del self._shadows[name]
+        self._shadows.pop(name, None)
         self.broken[name] = f"{type(error).__name__}: {error}"
         _log.error("a shadow failed and counts no more", policy=name, exc_info=error)
 
