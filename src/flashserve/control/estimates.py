@@ -47,6 +47,9 @@ _BOUNDS = (
 
 
 _EVERYWHERE = ""
+_REMOTE, _DISK, _DRAM, _SPARE, _, _, _INIT, _PREFILL, _RUN = map(int, Quantity)
+"""Plain numbers, since they are looked up in nearly every event."""
+_SPARE_WORKER, _DRAM_TIER = WorkerState.SPARE, Tier.DRAM
 
 
 def _place(worker: WorkerState) -> Quantity:
@@ -102,11 +105,11 @@ class Estimates:
         place = _place(worker)
         default = self._default
         return Costs(
-            remote.get(node_id, default[Quantity.REMOTE_BYTES_PER_S]),
-            disk.get(node_id, default[Quantity.DISK_BYTES_PER_S]),
-            dram.get(node_id, default[Quantity.DRAM_BYTES_PER_S]),
+            remote.get(node_id, default[_REMOTE]),
+            disk.get(node_id, default[_DISK]),
+            dram.get(node_id, default[_DRAM]),
             self._averages[place].get(node_id, default[place]),
-            self._averages[Quantity.INIT_S].get(model_id, default[Quantity.INIT_S]),
+            self._averages[_INIT].get(model_id, default[_INIT]),
         )
 
     def startup_s(
@@ -115,19 +118,26 @@ class Estimates:
         model_id: ModelId,
         size_bytes: int,
         tier: Tier,
-        worker: WorkerState = WorkerState.SPARE,
+        worker: WorkerState = _SPARE_WORKER,
     ) -> float:
         """`cost.startup_s` of `costs`, which nobody else needs then."""
         averages, default = self._averages, self._default
-        place, init, dram = _place(worker), Quantity.INIT_S, Quantity.DRAM_BYTES_PER_S
+        place = _SPARE if worker is _SPARE_WORKER else _place(worker)
         seconds = averages[place].get(node_id, default[place])
-        seconds += averages[init].get(model_id, default[init])
-        seconds += size_bytes / averages[dram].get(node_id, default[dram])
-        if tier < Tier.DRAM:
-            is_remote = tier is Tier.REMOTE
-            below = Quantity.REMOTE_BYTES_PER_S if is_remote else Quantity.DISK_BYTES_PER_S
+        seconds += averages[_INIT].get(model_id, default[_INIT])
+        seconds += size_bytes / averages[_DRAM].get(node_id, default[_DRAM])
+        if tier < _DRAM_TIER:
+            below = _DISK if tier else _REMOTE
             seconds += size_bytes / averages[below].get(node_id, default[below])
         return seconds
+
+    def prefill_s(self, model_id: ModelId) -> float:
+        """From a request's dispatch to its first token."""
+        return self._averages[_PREFILL].get(model_id, self._default[_PREFILL])
+
+    def run_s(self, model_id: ModelId) -> float:
+        """From a request's dispatch to its end."""
+        return self._averages[_RUN].get(model_id, self._default[_RUN])
 
     def observe_start(
         self,

@@ -7,7 +7,15 @@ the StartReplica that follows them.
 
 from __future__ import annotations
 
-from flashserve.control.records import Model, Node, PendingEvict, Replica, Request, Status
+from flashserve.control.records import (
+    DRAINING,
+    STARTING,
+    Model,
+    Node,
+    PendingEvict,
+    Replica,
+    Request,
+)
 from flashserve.control.state import State
 from flashserve.messages.commands import (
     Command,
@@ -105,7 +113,7 @@ def evict_when_free(
     node.pending_evicts[model.model_id] = pending
     commands: list[Command] = []
     for replica in node.replicas_of(model):
-        starting = replica.status is Status.STARTING
+        starting = replica.status is STARTING
         if replica.is_idle or (starting and (cancel_starts or not model.waiting)):
             commands += stop_replica(state, replica, pending.reason, now)
         elif not starting:
@@ -119,8 +127,8 @@ def drain(state: State, replica: Replica, reason: str, now: float) -> None:
     """Let a busy replica finish what it runs; it takes no more and stops with its last request."""
     replica.is_yielding = False
     replica.drain_reason = reason
-    if replica.status is not Status.DRAINING:
-        state.set_status(replica, Status.DRAINING, now)
+    if replica.status is not DRAINING:
+        state.set_status(replica, DRAINING, now)
     state.models[replica.model_id].reason = reason
 
 

@@ -39,6 +39,10 @@ class Status(enum.Enum):
     """It finishes what it runs and takes no more."""
 
 
+STARTING, READY, DRAINING = Status.STARTING, Status.READY, Status.DRAINING
+"""By themselves: all ask for them, and an enumeration looks its members up slowly."""
+
+
 _UNTOLD = Phases()
 
 
@@ -81,7 +85,7 @@ class Replica(msgspec.Struct):
     phases: Phases
     """Predicted while starting, actual once ready."""
     worker: WorkerState
-    status: Status = Status.STARTING
+    status: Status = STARTING
     ready_at: float = 0.0
     changed_at: float = 0.0
     """Since when it has been idle, or busy."""
@@ -102,12 +106,12 @@ class Replica(msgspec.Struct):
 
     @property
     def is_idle(self) -> bool:
-        return not self.in_flight and self.status is Status.READY
+        return not self.in_flight and self.status is READY
 
     @property
     def is_spare(self) -> bool:
         """Idle, and may give way to another model."""
-        return not self.in_flight and self.status is Status.READY and not self.is_kept
+        return not self.in_flight and self.status is READY and not self.is_kept
 
 
 @dataclasses.dataclass(slots=True)

@@ -7,7 +7,7 @@ is ignored: its stop was ordered meanwhile, or its node left.
 from __future__ import annotations
 
 from flashserve.control import orders, requests
-from flashserve.control.records import Model, Node, Replica, Status
+from flashserve.control.records import READY, STARTING, Model, Node, Replica
 from flashserve.control.room import free_more
 from flashserve.control.state import State
 from flashserve.control.timers import Timer, TimerKind
@@ -25,7 +25,7 @@ _NO_MEMORY = "unavailable"
 
 def ready(state: State, event: ReplicaReady, now: float) -> list[Command]:
     replica = _known(state, event.replica_id, event.node_id)
-    if replica is None or replica.status is not Status.STARTING:
+    if replica is None or replica.status is not STARTING:
         return []
     node, model = state.nodes[replica.node_id], state.models[replica.model_id]
     state.hold_bytes(node, replica.model, now).is_loaded = True
@@ -39,7 +39,7 @@ def ready(state: State, event: ReplicaReady, now: float) -> list[Command]:
     model.failure = None
     for request in model.waiting.values():
         request.startup = event.phases
-    state.set_status(replica, Status.READY, now)
+    state.set_status(replica, READY, now)
     commands = requests.dispatch_waiting(state, model, now)
     if not replica.in_flight:  # else the policy knows no more than when it was started
         state.unplanned[model.model_id] = model
@@ -84,7 +84,7 @@ def lost(state: State, event: ReplicaLost, now: float) -> list[Command]:
     model = state.models[replica.model_id]
     model.reason = f"{replica.replica_id} was lost: {event.reason}"
     commands: list[Command] = []
-    if replica.status is Status.STARTING:
+    if replica.status is STARTING:
         commands = requests.count_lost_start(state, model, event.reason)
         model.no_start_before = now + max(state.settings.failure_backoff_s, _MIN_RETRY_S)
     return commands + lose(state, replica, event.reason, now)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from flashserve.control import orders
 from flashserve.control.estimates import Quantity
-from flashserve.control.records import Model, Node, Replica, Request, Status
+from flashserve.control.records import DRAINING, READY, STARTING, Model, Node, Replica, Request
 from flashserve.control.state import State
 from flashserve.messages.commands import Command, Hold
 from flashserve.messages.events import RequestArrived, RequestFinished
@@ -113,7 +113,7 @@ def finish(state: State, event: RequestFinished, now: float) -> list[Command]:
 
 def release(state: State, model: Model, replica: Replica, now: float) -> list[Command]:
     """A replica has room again: for a waiting request, or to stop if it was only to finish."""
-    if replica.status is Status.DRAINING and not replica.in_flight:
+    if replica.status is DRAINING and not replica.in_flight:
         return orders.stop_replica(state, replica, replica.drain_reason, now)
     return dispatch_waiting(state, model, now)
 
@@ -131,7 +131,7 @@ def dispatch_waiting(state: State, model: Model, now: float) -> list[Command]:
 
 
 def _route(state: State, model: Model, request: Request) -> tuple[ReplicaId, str] | None:
-    ready = [r for r in model.replicas.values() if r.status is Status.READY]
+    ready = [r for r in model.replicas.values() if r.status is READY]
     if len(ready) == 1:  # nothing to compare
         return routing.only(_load(ready[0], request))
     if not ready:
@@ -223,7 +223,7 @@ def hold_new(state: State, now: float) -> list[Command]:
         if request.replica_id is not None or request.request_id not in state.requests:
             continue
         model = state.models[request.model_id]
-        is_ready = any(r.status is Status.READY for r in model.replicas.values())
+        is_ready = any(r.status is READY for r in model.replicas.values())
         request.tier = state.tier(model) if is_ready else min(state.tier(model), Tier.DRAM)
         request.predicted = predict(state, model, now)
         reason = f"waits for {waiting_for(state, model, now)}"
@@ -236,7 +236,7 @@ def predict(state: State, model: Model, now: float) -> Phases:
     prefill_s = _prefill_s(state, model)
     if starting := _starting(model):
         start, queue_s = cost.remaining(starting.phases, now - starting.started_at), 0.0
-    elif any(replica.status is Status.READY for replica in model.replicas.values()):
+    elif any(replica.status is READY for replica in model.replicas.values()):
         return Phases(queue_s=_wait_s(state, model, now), prefill_s=prefill_s)
     else:
         start, queue_s = _predict_anywhere(state, model), _wait_s(state, model, now)
@@ -262,19 +262,19 @@ def _wait_s(state: State, model: Model, now: float) -> float:
     """Until the last that waits for this model has a replica with room, as far as can be told."""
     if starting := _starting(model):
         return cost.remaining(starting.phases, now - starting.started_at).startup_s
-    run_s = state.estimates.value(Quantity.RUN_S, model.model_id)
-    room = sum(r.limit for r in model.replicas.values() if r.status is Status.READY)
+    run_s = state.estimates.run_s(model.model_id)
+    room = sum(r.limit for r in model.replicas.values() if r.status is READY)
     if room:
         return admission.wait_s(max(len(model.waiting) - 1, 0), room, run_s)
     return admission.wait_s(max(len(state.line.models) - 1, 0), state.num_workers, run_s)
 
 
 def _prefill_s(state: State, model: Model) -> float:
-    return state.estimates.value(Quantity.PREFILL_S, model.model_id)
+    return state.estimates.prefill_s(model.model_id)
 
 
 def _starting(model: Model) -> Replica | None:
-    return next((r for r in model.replicas.values() if r.status is Status.STARTING), None)
+    return next((r for r in model.replicas.values() if r.status is STARTING), None)
 
 
 def waiting_for(state: State, model: Model, now: float) -> str:
@@ -282,14 +282,14 @@ def waiting_for(state: State, model: Model, now: float) -> str:
     if starting := _starting(model):
         since = text.seconds(now - starting.started_at)
         return f"{starting.replica_id} on {starting.node_id}, which has been loading for {since}"
-    ready = [r for r in model.replicas.values() if r.status is Status.READY]
+    ready = [r for r in model.replicas.values() if r.status is READY]
     if ready:
         return f"one of {sum(len(r.in_flight) for r in ready)} running requests to end"
     return _waiting_for_room(state, model)
 
 
 def _is_clearing(node: Node) -> bool:
-    return any(replica.status is Status.DRAINING for replica in node.replicas.values())
+    return any(replica.status is DRAINING for replica in node.replicas.values())
 
 
 def _waiting_for_room(state: State, model: Model) -> str:

@@ -15,8 +15,7 @@ from itertools import islice
 import msgspec
 
 from flashserve.control import orders, room, slots, staging
-from flashserve.control.estimates import Quantity
-from flashserve.control.records import Model, Node, Status
+from flashserve.control.records import DRAINING, READY, Model, Node
 from flashserve.control.state import State
 from flashserve.messages.commands import Command
 from flashserve.messages.events import BoundsChanged, ForecastReady
@@ -33,8 +32,10 @@ _RETRY_S = 15.0
 
 def forecast_ready(state: State, event: ForecastReady) -> list[Command]:
     """Series that are no deployed model's (an adapter's, or one just deleted) change nothing."""
+    models = state.models
     for forecast in event.forecasts:
-        if model := state.find(forecast.series):
+        model = models.get(forecast.series)
+        if model is not None and not model.is_deleted:
             model.hear(forecast)
             if _may_matter(model, forecast):
                 state.unplanned[model.model_id] = model
@@ -117,8 +118,8 @@ def _facts(state: State, model: Model) -> Facts:
         spec.size_bytes,
         tier,
         estimates.startup_s(node_id, model_id, spec.size_bytes, tier),
-        estimates.value(Quantity.PREFILL_S, model_id),
-        estimates.value(Quantity.RUN_S, model_id),
+        estimates.prefill_s(model_id),
+        estimates.run_s(model_id),
         state.max_sequences,
         model.num_serving,
         in_flight,
@@ -137,10 +138,10 @@ def _load(model: Model) -> tuple[int, float | None]:
     """What runs on replicas that do not drain, and since when none of them has had work."""
     in_flight, idle_since = 0, -math.inf
     for replica in model.replicas.values():
-        if replica.status is Status.DRAINING:
+        if replica.status is DRAINING:
             continue
         in_flight += len(replica.in_flight)
-        is_idle = not replica.in_flight and replica.status is Status.READY
+        is_idle = not replica.in_flight and replica.status is READY
         idle_since = max(idle_since, replica.changed_at if is_idle else math.inf)
     return in_flight, idle_since if math.isfinite(idle_since) else None
 
@@ -158,7 +159,7 @@ def _keep_minimum(state: State, model: Model) -> None:
     """As many replicas as the model always has give way to nobody; nor do any, where none share."""
     left = model.spec.scaling.min_replicas if state.policy.shares_slots else len(model.replicas)
     for replica in model.replicas.values():
-        is_kept = left > 0 and replica.status is not Status.DRAINING
+        is_kept = left > 0 and replica.status is not DRAINING
         if replica.is_kept != is_kept:
             state.set_kept(replica, is_kept)
         left -= is_kept

@@ -183,7 +183,7 @@ class Shadow:
         if ran is None or ran.service_s is not None:
             return
         if ran.dispatched_at is None and command.code in _NO_ROOM:
-            ran.service_s = self._estimates.value(Quantity.RUN_S, ran.model.model_id)
+            ran.service_s = self._estimates.run_s(ran.model.model_id)
             self._known_end(ran, now)
         elif ran.dispatched_at is None:
             self._forget(ran, now)
@@ -322,8 +322,8 @@ class Shadow:
             spec.size_bytes,
             tier,
             startup_s(spec.size_bytes, tier, costs),
-            self._estimates.value(Quantity.PREFILL_S, spec.model_id),
-            self._estimates.value(Quantity.RUN_S, spec.model_id),
+            self._estimates.prefill_s(spec.model_id),
+            self._estimates.run_s(spec.model_id),
             self._limit,
             model.serving,
             model.running,

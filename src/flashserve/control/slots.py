@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 
 from flashserve.control import orders, requests
-from flashserve.control.records import Model, Node, Replica, Status
+from flashserve.control.records import DRAINING, READY, Model, Node, Replica
 from flashserve.control.room import make_room
 from flashserve.control.state import State
 from flashserve.messages.commands import Command
@@ -22,6 +22,7 @@ from flashserve.policy.cost import WorkerState, extent_bytes
 from flashserve.policy.placement import NodeView, place
 from flashserve.types import NodeId
 
+_SPARE, _STOPPING, _STARTING = WorkerState
 _NUM_ALL = 16
 """With more nodes than that, the likeliest ones are compared and not all."""
 _NUM_LIKELY = 6
@@ -112,9 +113,10 @@ def view(state: State, node: Node, model: Model) -> NodeView:
 
 
 def worker_state(node: Node) -> WorkerState:
-    if node.free_slots <= 0:
-        return WorkerState.STOPPING
-    return WorkerState.SPARE if node.num_live > len(node.replicas) else WorkerState.STARTING
+    num_replicas = len(node.replicas)
+    if num_replicas >= node.spec.num_workers:
+        return _STOPPING
+    return _SPARE if node.num_live > num_replicas else _STARTING
 
 
 def lose_patience(state: State, model: Model, now: float) -> list[Command]:
@@ -181,7 +183,7 @@ def _victims(
     """
     ahead = _ahead(state, node, model)
     running = [r for r in node.replicas.values() if not r.is_spare]
-    kept = [r for r in running if r.status is not Status.DRAINING]
+    kept = [r for r in running if r.status is not DRAINING]
     lack_slots = len(ahead) + 1 + len(kept) - node.spec.num_workers
     wanted = sum(extent_bytes(m.spec.size_bytes) for m in (model, *ahead))
     staging = node.pinned_bytes - _bytes_under(node, running)
@@ -191,7 +193,7 @@ def _victims(
     for replica in sorted(kept, key=lambda r: (r.changed_at, r.replica_id)):
         if lack_slots <= 0 and lack_bytes <= 0:
             break
-        if replica.status is not Status.READY or replica.is_kept:
+        if replica.status is not READY or replica.is_kept:
             continue
         spared = replica.ready_at + state.settings.slot_patience_s
         if spared > now:
@@ -247,7 +249,7 @@ def _resume(state: State, node: Node, now: float) -> list[Command]:
     for replica in node.replicas.values():
         if replica.is_yielding:
             replica.is_yielding = False
-            state.set_status(replica, Status.READY, now)
+            state.set_status(replica, READY, now)
             model = state.models[replica.model_id]
             model.reason = f"{replica.replica_id} goes on: its slot is not needed any more"
             commands += requests.dispatch_waiting(state, model, now)

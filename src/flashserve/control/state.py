@@ -15,7 +15,17 @@ from typing import TypeVar
 from flashserve.config import PolicySettings
 from flashserve.control.estimates import Estimates
 from flashserve.control.line import Line
-from flashserve.control.records import Model, Node, Replica, Request, Resident, Status
+from flashserve.control.records import (
+    DRAINING,
+    READY,
+    STARTING,
+    Model,
+    Node,
+    Replica,
+    Request,
+    Resident,
+    Status,
+)
 from flashserve.control.timers import Timer, TimerKind, Timers
 from flashserve.policy import keepalive
 from flashserve.policy.cost import Prices, Rates, extent_bytes
@@ -30,6 +40,8 @@ from flashserve.types import (
     Scaling,
     Tier,
 )
+
+_DISK, _DRAM = Tier.DISK, Tier.DRAM
 
 
 class State:
@@ -112,7 +124,7 @@ class State:
 
     def tier(self, model: Model) -> Tier:
         """The highest tier that holds the model's bytes anywhere."""
-        if any(r.status is not Status.STARTING for r in model.replicas.values()):
+        if any(r.status is not STARTING for r in model.replicas.values()):
             return Tier.DEVICE
         if any(self.nodes[n].resident[model.model_id].is_loaded for n in model.dram_nodes):
             return Tier.DRAM
@@ -128,9 +140,9 @@ class State:
         """Where one node has the model's bytes, replicas apart."""
         resident = node.resident.get(model.model_id)
         if resident and resident.is_loaded:
-            return Tier.DRAM
+            return _DRAM
         lowest = model.spec.lowest_tier
-        return Tier.DISK if lowest < Tier.DISK and node.node_id in model.disk_nodes else lowest
+        return _DISK if lowest < _DISK and node.node_id in model.disk_nodes else lowest
 
     # Requests
 
@@ -209,7 +221,7 @@ class State:
         self.replicas[replica.replica_id] = replica
         node.replicas[replica.replica_id] = replica
         model.replicas[replica.replica_id] = replica
-        model.num_serving += replica.status is not Status.DRAINING
+        model.num_serving += replica.status is not DRAINING
         self._review_slots(node)
         self._refresh_pin(node, model)
         self.line.review(model)
@@ -221,7 +233,7 @@ class State:
         del self.replicas[replica.replica_id]
         del node.replicas[replica.replica_id]
         del model.replicas[replica.replica_id]
-        model.num_serving -= replica.status is not Status.DRAINING
+        model.num_serving -= replica.status is not DRAINING
         self.idle.pop(replica.replica_id, None)
         self.busy.pop(replica.replica_id, None)
         node.idle.pop(replica.replica_id, None)
@@ -235,7 +247,7 @@ class State:
 
     def set_status(self, replica: Replica, status: Status, now: float) -> None:
         model = self.models[replica.model_id]
-        change = (replica.status is Status.DRAINING) - (status is Status.DRAINING)
+        change = (replica.status is DRAINING) - (status is DRAINING)
         replica.status = status
         replica.changed_at = now
         self._reindex(replica)
@@ -285,7 +297,7 @@ class State:
         else:
             self.idle.pop(replica_id, None)
             node.idle.pop(replica_id, None)
-            if replica.status is Status.READY and replica.in_flight:
+            if replica.status is READY and replica.in_flight:
                 self.busy[replica_id] = replica
             else:
                 self.busy.pop(replica_id, None)
@@ -345,7 +357,8 @@ class State:
         for replica in model.replicas.values():
             if replica.node_id == node.node_id:
                 is_here = True
-                pinned = pinned or not replica.is_spare
+                if not pinned and not replica.is_spare:
+                    pinned = True
         if pinned != resident.is_pinned:
             resident.is_pinned = pinned
             node.pinned_bytes += resident.num_bytes if pinned else -resident.num_bytes

@@ -49,9 +49,11 @@ class Hazards:
 
     def chance(self, now: float, lead_s: float) -> float:
         """P(arrival in [now, now + lead_s]), given that nothing came since it was made."""
-        assert self.is_sound
+        assert self._is_sound or self.is_sound
+        leads_s, by_lead = self.leads_s, self._by_lead
         age_s = max(now - self.made_at, 0.0)
-        return -math.expm1(self._at(age_s) - self._at(age_s + lead_s))
+        until_then = at_lead(leads_s, by_lead, age_s + lead_s)
+        return -math.expm1(at_lead(leads_s, by_lead, age_s) - until_then)
 
     def rate(self, now: float) -> float:
         """Starts to expect per second: the mean hazard of the near future, mostly.
@@ -60,13 +62,14 @@ class Hazards:
         part of the mean over all leads ranks what they say nothing of. That is not the rate of
         requests: a burst needs one start.
         """
-        assert self.is_sound
+        assert self._is_sound or self.is_sound
+        leads_s, by_lead = self.leads_s, self._by_lead
         age_s = max(now - self.made_at, 0.0)
-        left_s = max(self.leads_s[-1] - age_s, _MIN_LEFT_S)
+        left_s = max(leads_s[-1] - age_s, _MIN_LEFT_S)
         near_s = min(_NEAR_S, left_s)
-        now_at = self._at(age_s)
-        near = min(self._at(age_s + near_s) - now_at, _MAX_HAZARD) / near_s
-        far = min(self._at(age_s + left_s) - now_at, _MAX_HAZARD) / left_s
+        until_now = at_lead(leads_s, by_lead, age_s)
+        near = min(at_lead(leads_s, by_lead, age_s + near_s) - until_now, _MAX_HAZARD) / near_s
+        far = min(at_lead(leads_s, by_lead, age_s + left_s) - until_now, _MAX_HAZARD) / left_s
         return near + _FAR_SHARE * (far - near)
 
     def count(self, lead_s: float, level: float) -> float:
@@ -79,10 +82,6 @@ class Hazards:
         mean = at_lead(self.leads_s, self.said.mean, lead_s)
         upper = max(at_lead(self.leads_s, self.said.upper, lead_s), mean)
         return max(mean + score / _UPPER_SCORE * (upper - mean), 0.0)
-
-    def _at(self, age_s: float) -> float:
-        """The hazard from its making until that age."""
-        return at_lead(self.leads_s, self._by_lead, age_s)
 
 
 def hazard(p: float) -> float:

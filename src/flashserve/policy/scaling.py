@@ -103,30 +103,21 @@ class Predictive:
     def plan(self, facts: Facts, now: float) -> Plan:
         by_load = replicas_for_load(facts)
         forecast = facts.forecast
-        if forecast is None or not self._is_trusted(forecast, facts, now):
-            why = f"no forecast: keep-alive {text.seconds(facts.keep_alive_s)}"
-            return Plan(clamp(by_load, facts), facts.keep_alive_s, why=why)
-        if facts.unseen_since is not None:
-            return self._until_next(facts, by_load, self._next_due(forecast, facts), now)
-        return self._by_chance(facts, forecast, by_load, now)
+        if forecast is not None and _is_trusted(forecast, now):
+            if facts.unseen_since is None:
+                return self._by_chance(facts, forecast, by_load, now)
+            next_due = self._next_due(forecast, facts.unseen_since)
+            if now <= next_due + self._window_s:  # else one is missed that should know of it
+                return self._until_next(facts, by_load, next_due, now)
+        why = f"no forecast: keep-alive {text.seconds(facts.keep_alive_s)}"
+        return Plan(clamp(by_load, facts), facts.keep_alive_s, why=why)
 
-    def _is_trusted(self, forecast: Hazards, facts: Facts, now: float) -> bool:
-        """Recent enough, and no later one is missed that should know of a request by now."""
-        if not forecast.is_sound:
-            return False
-        if not -_LATE_S <= now - forecast.made_at <= forecast.leads_s[-1] * _MAX_AGE:
-            return False
-        if facts.unseen_since is None:
-            return True
-        return now <= self._next_due(forecast, facts) + self._window_s
-
-    def _next_due(self, forecast: Hazards, facts: Facts) -> float:
+    def _next_due(self, forecast: Hazards, unseen_since: float) -> float:
         """When the forecast that knows of the first unseen request is there at the latest.
 
         A model's forecast is made each window and told when it has changed, or a request came.
         """
-        assert facts.unseen_since is not None
-        windows = math.ceil((facts.unseen_since - forecast.made_at) / self._window_s)
+        windows = math.ceil((unseen_since - forecast.made_at) / self._window_s)
         return forecast.made_at + max(windows, 1) * self._window_s + _LATE_S
 
     def _until_next(self, facts: Facts, by_load: int, next_due: float, now: float) -> Plan:
@@ -206,3 +197,9 @@ class Predictive:
             return facts.keep_alive_s
         cold = self._cold(facts)
         return min(cold / max(self._prices.gpu_per_s, 1e-12), self._window_s)
+
+
+def _is_trusted(forecast: Hazards, now: float) -> bool:
+    """It says what can be, and is recent enough."""
+    age_s = now - forecast.made_at
+    return forecast.is_sound and -_LATE_S <= age_s <= forecast.leads_s[-1] * _MAX_AGE

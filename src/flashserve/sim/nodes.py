@@ -48,6 +48,7 @@ from flashserve.sim.workers import Claim, Workers
 from flashserve.types import ModelSpec, NodeId, NodeSpec, Phases, ReplicaId, Tier
 
 Emit = Callable[[Event], None]
+_LOADING, _BUSY, _IDLE = Use
 _NUM_GROUPS = 32
 """The copy to the device follows the bytes from disk by groups; one of them is left at the end."""
 
@@ -105,6 +106,7 @@ class ModelledNode:
         self._ledger = ledger or Ledger()
         self._make_engine = make_engine
         self._num_adapters = self._shape.adapter_bytes // adapter_size_bytes
+        self._shares_cores = self._speeds.compute_at_once is not None
         self._call_at: CallAt
         self._emit: Emit
 
@@ -185,8 +187,8 @@ class ModelledNode:
         if not job.num_emitted:
             job.dispatched_at = now
         replica.num_jobs += 1
-        if replica.use is Use.IDLE:
-            self._use(replica, Use.BUSY, now)
+        if replica.use is _IDLE:
+            self._use(replica, _BUSY, now)
         replica.engine.add(job, now)
         self._plan(replica, now)
 
@@ -240,7 +242,7 @@ class ModelledNode:
         self._proceed(replica, now)
 
     def _claimed(self, replica: ModelledReplica, now: float) -> None:
-        self._use(replica, Use.LOADING, now)
+        self._use(replica, _LOADING, now)
         if replica.claim is not None:  # else `_start` goes on itself
             self._proceed(replica, now)
 
@@ -334,7 +336,7 @@ class ModelledNode:
         self._emit(ReplicaReady(self.spec.node_id, replica.replica_id, model_id, phases))
 
     def _loaded(self, replica: ModelledReplica, now: float) -> None:
-        self._use(replica, Use.BUSY if replica.num_jobs else Use.IDLE, now)
+        self._use(replica, _BUSY if replica.num_jobs else _IDLE, now)
 
     # Ends
 
@@ -445,7 +447,7 @@ class ModelledNode:
     # Engines
 
     def _plan(self, replica: ModelledReplica, now: float) -> None:
-        if self._cores.are_shared:
+        if self._shares_cores:
             self._compute(replica, now)
         self._plan_wake(replica, now)
 
@@ -478,8 +480,8 @@ class ModelledNode:
             replica.num_jobs -= 1
             prefill_s = job.first_token_at - job.dispatched_at - job.gated_s
             self._emit(RequestFinished(job.request_id, max(prefill_s, 0.0)))
-        if not replica.num_jobs and replica.use is Use.BUSY:
-            self._use(replica, Use.IDLE, now)
+        if not replica.num_jobs and replica.use is _BUSY:
+            self._use(replica, _IDLE, now)
         self._plan(replica, now)
 
     # Accounts
