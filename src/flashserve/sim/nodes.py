@@ -467,7 +467,8 @@ class ModelledNode:
     def _plan_wake(self, replica: ModelledReplica, now: float) -> None:
         assert replica.engine is not None
         assert replica.wake is not None
-        at = max(replica.engine.next_at, now)  # sums of steps may fall a rounding short
+        at = replica.engine.next_at
+        at = max(at, now)  # sums of steps may fall a rounding short
         if at < replica.wake_at:  # what was planned for later comes too, and finds nothing to do
             replica.wake_at = at
             self._call_at(at, replica.wake)

@@ -182,9 +182,10 @@ class SteppedEngine(abc.ABC):
         if not self._run:
             self.next_at = self._idle_until(now)
             return
-        if not self._is_open:
-            self._run = 1
-        self.next_at = self._end_at
+        if self._is_open:
+            self.next_at = now + self._run * self._step_s
+        else:
+            self._run, self.next_at = 1, INFINITE
 
     def _cut(self, now: float) -> None:
         """End the run with the step that is under way, so that who waits can join the next one."""

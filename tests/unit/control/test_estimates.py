@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from flashserve.control.estimates import Estimates, Quantity
-from flashserve.policy.cost import Rates, WorkerState
+from flashserve.policy.cost import Rates, WorkerState, startup_s
 from flashserve.types import ModelId, NodeId, Phases, Tier
 
 N1, N2, M = NodeId("n1"), NodeId("n2"), ModelId("m")
@@ -63,3 +63,15 @@ def test_what_was_measured_ahead_stands_in_for_the_defaults_until_something_is_l
     assert costs.remote_bytes_per_s == Estimates().value(Quantity.REMOTE_BYTES_PER_S, N1)
     estimates.observe_staged(N1, Tier.DRAM, 1000_000, 0.5)
     assert estimates.value(Quantity.DISK_BYTES_PER_S, N1) == 2000_000
+
+
+@pytest.mark.parametrize("tier", [Tier.REMOTE, Tier.DISK, Tier.DRAM])
+@pytest.mark.parametrize("worker", WorkerState)
+def test_the_seconds_of_a_start_are_those_of_its_costs(tier: Tier, worker: WorkerState) -> None:
+    estimates = Estimates()
+    estimates.observe_staged(N1, Tier.DISK, 1000_000, 1.0)
+    phases = Phases(place_s=0.5, device_s=0.25, init_s=2.0)
+    estimates.observe_start(N1, M, 1000_000, worker, phases)
+    for node_id in (N1, N2):
+        expected = startup_s(5000_000, tier, estimates.costs(node_id, M, worker))
+        assert estimates.startup_s(node_id, M, 5000_000, tier, worker) == expected

@@ -51,6 +51,15 @@ def test_what_matters_no_more_is_dropped() -> None:
     assert truth.timers.next_due() == 2.0
 
 
+def test_nothing_is_asked_about_after_the_time_until_which_somebody_wants_to_know() -> None:
+    truth = Truth()
+    truth.set("a", 1.0)
+    truth.due["a"] = 5.0
+    assert truth.timers.next_due(0.5) is None
+    assert truth.timers.next_due(4.9) is None
+    assert truth.timers.next_due(5.0) == 5.0
+
+
 def test_a_time_may_move_back_without_a_new_entry() -> None:
     truth = Truth()
     truth.set("a", 1.0)

@@ -47,6 +47,13 @@ def test_a_model_without_gaps_of_its_own_is_taken_for_one_of_all() -> None:
     assert recent.keep_s(M, 0.0, 60.0, cold_s=100.0) > 0
 
 
+def test_gaps_fade_however_many_came_since() -> None:
+    recent = gaps([3.0] * 20_000 + [3600.0] * 500)
+    assert recent.keep_s(M, 0.0, 60.0, cold_s=20.0) == 0.0
+    recent = gaps([3600.0] * 20_000 + [3.0] * 500)
+    assert recent.keep_s(M, 0.0, 60.0, cold_s=20.0) > 0
+
+
 def test_a_clock_that_steps_back_ends_no_gap() -> None:
     recent = gaps([3600.0] * 20)
     recent.arrived(M, 5.0)
