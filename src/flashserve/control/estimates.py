@@ -86,7 +86,8 @@ class Estimates:
         known = self._averages[what].get(scope)
         return self._default[what] if known is None else known
 
-    def observe(self, what: Quantity, scope: str, sample: float) -> None:
+    def observe(self, what: int, scope: str, sample: float) -> None:
+        """what: a Quantity."""
         _, low, high = _BOUNDS[what]
         averages = self._averages[what]
         for key in (scope, _EVERYWHERE):
@@ -94,6 +95,11 @@ class Estimates:
             if learnt is not None:
                 averages[key] = learnt
         self._default[what] = averages.get(_EVERYWHERE, self._default[what])
+
+    def observe_run(self, model_id: ModelId, prefill_s: float, run_s: float) -> None:
+        """A request has ended: seconds from its dispatch to its first token, and to its last."""
+        self.observe(_PREFILL, model_id, prefill_s)
+        self.observe(_RUN, model_id, run_s)
 
     def forget(self, scope: str) -> None:
         """Drop what was learnt of a node or model that is gone."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from flashserve.control import orders
-from flashserve.control.estimates import Quantity
 from flashserve.control.records import DRAINING, READY, STARTING, Model, Node, Replica, Request
 from flashserve.control.state import State
 from flashserve.messages.commands import Command, Hold
@@ -104,8 +103,7 @@ def finish(state: State, event: RequestFinished, now: float) -> list[Command]:
         return []
     if event.prefill_s is not None and request.dispatched_at is not None:
         run_s = now - request.dispatched_at
-        state.estimates.observe(Quantity.PREFILL_S, model.model_id, event.prefill_s)
-        state.estimates.observe(Quantity.RUN_S, model.model_id, run_s)
+        state.estimates.observe_run(model.model_id, event.prefill_s, run_s)
     replica = state.replicas[request.replica_id]
     state.end(request, replica, now)
     return release(state, model, replica, now)

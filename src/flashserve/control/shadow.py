@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import msgspec
 
 from flashserve.config import PolicySettings
-from flashserve.control.estimates import Estimates, Quantity
+from flashserve.control.estimates import Estimates
 from flashserve.control.shadowmodel import Ran, ShadowModel
 from flashserve.control.usage import WorkerUsage
 from flashserve.messages.commands import Command, Dispatch, Reject
@@ -173,9 +173,7 @@ class Shadow:
             return
         ran.service_s = now - ran.dispatched_at
         if event.prefill_s is not None:
-            model_id = ran.model.model_id
-            self._estimates.observe(Quantity.PREFILL_S, model_id, event.prefill_s)
-            self._estimates.observe(Quantity.RUN_S, model_id, ran.service_s)
+            self._estimates.observe_run(ran.model.model_id, event.prefill_s, ran.service_s)
         self._known_end(ran, now)
 
     def _rejected(self, command: Reject, now: float) -> None:

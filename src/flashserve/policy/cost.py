@@ -168,5 +168,8 @@ def average(old: float | None, sample: float, low: float, high: float) -> float 
         return old
     if old is None:
         return sample
-    step = min(max(sample, old / _MAX_STEP), old * _MAX_STEP)
-    return old + _WEIGHT * (step - old)
+    if sample < old / _MAX_STEP:
+        sample = old / _MAX_STEP
+    elif sample > old * _MAX_STEP:
+        sample = old * _MAX_STEP
+    return old + _WEIGHT * (sample - old)

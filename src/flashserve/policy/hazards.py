@@ -91,7 +91,7 @@ def hazard(p: float) -> float:
 
 def at_lead(leads_s: Sequence[float], values: Sequence[float], at: float) -> float:
     """Linear between the leads and from zero at lead 0; at the last slope beyond them."""
-    right = min(bisect.bisect_left(leads_s, at), len(leads_s) - 1)
+    right = bisect.bisect_left(leads_s, at, 0, len(leads_s) - 1)
     if not right:
         return values[0] * at / leads_s[0]
     left_s, left = leads_s[right - 1], values[right - 1]
