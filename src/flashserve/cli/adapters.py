@@ -61,7 +61,7 @@ def add(
         console.print_json(adapter)
         return
     size = console.human_bytes(adapter["size_bytes"])
-    console.print_line(
+    console.print_text(
         f"{name} is ready: version {adapter['version']}, rank {adapter['rank']}, {size}, "
         f"on {', '.join(adapter['targets'])} of {base}"
     )
@@ -93,7 +93,7 @@ def list_(
     )
     for each in adapters:
         if each["advice"] != _MULTIPLEX:
-            console.print_line(f"{each['name']}: {each['advice']}, since {each['reason']}")
+            console.print_text(f"{each['name']}: {each['advice']}, since {each['reason']}")
 
 
 def remove(name: Name, url: Url = None, as_json: AsJson = False) -> None:

@@ -46,14 +46,15 @@ def calibrate(
     """
     import msgspec
 
-    from flashserve.store.calibration import (
-        calibrate_tiers,
-        write_calibration,
-    )
+    from flashserve.store.calibration import calibrate_tiers, write_calibration
+    from flashserve.store.checkpoint.listing import CHUNK_BYTES
     from flashserve.store.sources.source import open_source
 
     settings = settings_for(data_dir)
     num_bytes = parse_size(size)
+    if num_bytes < CHUNK_BYTES:
+        least = console.human_bytes(CHUNK_BYTES)
+        raise InputError(f"--size {size} is too little to measure with: {least} at least")
     make_data_dir(settings.data_dir)
     remote = None
     if source is not None:
@@ -68,7 +69,7 @@ def calibrate(
         console.print_json(msgspec.to_builtins(measured))
         return
     console.print_table(["what", "GB/s", "of"], _rows(measured), right=["GB/s"], fold=["of"])
-    console.print_line(
+    console.print_text(
         f"workers of one core each, on all cores, compute as much together as "
         f"{measured.compute_at_once:.2g} of them alone"
     )

@@ -11,6 +11,7 @@ import typer
 from flashserve.cli import console
 from flashserve.cli.client import connect
 from flashserve.cli.options import AsJson, Url
+from flashserve.errors import InputError
 
 _KEPT = 1000
 """As many as the server remembers at most."""
@@ -31,7 +32,9 @@ def decisions(
     """
     with connect(url) as client:
         found = client.decisions(limit if name is None else _KEPT)
-    shown = [each for each in found if name is None or each["model_id"] == name][:limit]
+        shown = [each for each in found if name is None or each["model_id"] == name][:limit]
+        if name is not None and not shown:
+            _check_deployed(name, [model["name"] for model in client.models()])
     if as_json:
         console.print_json(shown)
     elif shown:
@@ -39,6 +42,14 @@ def decisions(
     else:
         of = "" if name is None else f" of {name}"
         console.print_line(f"nothing has been decided{of} since the server started")
+
+
+def _check_deployed(name: str, deployed: Sequence[str]) -> None:
+    if name not in deployed:
+        raise InputError(
+            f"nothing has been decided of {name} since the server started, and no model of that "
+            f"name is deployed; deployed: {', '.join(deployed) or 'none'}"
+        )
 
 
 def _print(decisions: Sequence[Mapping[str, Any]]) -> None:

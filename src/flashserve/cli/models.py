@@ -53,7 +53,7 @@ def deploy(
         float | None,
         typer.Option(
             min=0,
-            help="Seconds without a request after which it stops; else the server's setting.",
+            help="Seconds without a request after which it stops; else the policy decides.",
             show_default=False,
         ),
     ] = None,

@@ -38,7 +38,7 @@ def serve(
         float | None,
         typer.Option(
             min=0,
-            help="Seconds without a request after which a model stops.",
+            help="Seconds without a request after which a model stops that has no forecast.",
             show_default=False,
         ),
     ] = None,

@@ -23,7 +23,11 @@ def test_the_figures_are_printed_and_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("option", "value", "reason"),
-    [("--size", "lots", "512MiB"), ("--source", "/models", "on this machine")],
+    [
+        ("--size", "lots", "512MiB"),
+        ("--size", "1MB", "8.0 MiB at least"),
+        ("--source", "/models", "on this machine"),
+    ],
 )
 def test_what_cannot_be_measured_is_refused_first(
     tmp_path: Path, option: str, value: str, reason: str

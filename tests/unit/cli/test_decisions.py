@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from flashserve.cli import decisions as command
+from flashserve.errors import InputError
 
 NOW = time.time()
 
@@ -30,6 +31,9 @@ def run(monkeypatch: pytest.MonkeyPatch, found: list[dict[str, Any]], **argument
     class FakeClient:
         def decisions(self, limit: int) -> list[dict[str, Any]]:
             return found[:limit]
+
+        def models(self) -> list[dict[str, Any]]:
+            return [{"name": "a"}, {"name": "b"}]
 
     @contextlib.contextmanager
     def connect(_: str | None) -> Iterator[FakeClient]:
@@ -76,3 +80,10 @@ def test_nothing_decided_is_said_so(
     run(monkeypatch, [], name=name)
     said = capsys.readouterr().out
     assert said == f"nothing has been decided{of} since the server started\n"
+
+
+def test_a_name_that_is_not_deployed_is_told_from_one_of_which_nothing_was_decided(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(InputError, match="no model of that name is deployed; deployed: a, b"):
+        run(monkeypatch, FOUND, name="bb")
