@@ -53,7 +53,7 @@ class Hazards:
         leads_s, by_lead = self.leads_s, self._by_lead
         age_s = max(now - self.made_at, 0.0)
         until_then = at_lead(leads_s, by_lead, age_s + lead_s)
-        return -math.expm1(at_lead(leads_s, by_lead, age_s) - until_then)
+        return 0.0 - math.expm1(at_lead(leads_s, by_lead, age_s) - until_then)  # never "-0"
 
     def rate(self, now: float) -> float:
         """Starts to expect per second: the mean hazard of the near future, mostly.

@@ -189,6 +189,7 @@ def test_a_chance_is_one_whatever_was_forecast(p: list[float], age: float, lead:
     said = Hazards(SeriesForecast(ModelId("m"), 0.0, LEADS, tuple(p), (0.0,) * 6, (0.0,) * 6))
     assert said.is_sound
     assert 0 <= said.chance(age, lead) <= 1
+    assert not f"{said.chance(age, lead)}".startswith("-")
     assert 0 <= said.chance(age, lead) <= said.chance(age, lead * 2) + 1e-12
     assert said.rate(age) >= 0
 
