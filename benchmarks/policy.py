@@ -9,8 +9,9 @@ on two thirds of the day; the models that are reported are functions of the othe
 Cases: `node` (one simulated node of 8 H100, whose DRAM holds all models) and `cluster` (64 of
 them); `scarce` (one node whose DRAM holds 100 of its 280 models, and whose disk is as fast as a
 PCIe 4.0 drive; the first hour, in which everything is read for the first time, is not reported);
-`busy` (an hour of 24-fold traffic on one node: models compete for workers all the time, up to two
-replicas each, 100 adapters per model of which an engine's memory holds 64).
+`busy` (an hour of 24-fold traffic on one node: models compete for workers all the time); `adapters`
+(an hour of 24-fold traffic of 60 models on four nodes, where the busiest have up to four replicas;
+200 adapters per model, of which an engine's memory holds 64).
 
 idle_saving_vs_keepalive: GPU-seconds held without a request (idle or loading), to those of the best
 fixed keep-alive with equal or fewer cold starts and a TTFT p95 that is at most 5 % longer. Keep-
@@ -30,9 +31,10 @@ the policy as configured. The rows have costs, shares given up, and shares whose
 from disk; the intervals have the ratio of node and cluster too, where all models are in DRAM.
 
 Ablations repeat a run with one part taken away: without forecast (keep-alives decide, DRAM keeps
-what was used last), without tiers (every start comes from disk), and in `busy` without adapter
-affinity (the controller is not told of adapters) and without admission grouping (no patience before
-a slot changes hands).
+what was used last), without tiers (every start comes from disk), in `busy` without admission
+grouping (no patience before a slot changes hands), and in `adapters` without adapter affinity (the
+controller is not told which adapter a request asks for; adapter_copies counts those that an engine
+did not hold).
 
 Values are the unfavourable bounds of bootstrap 95 % intervals over the models of all seeds. No time
 of this machine is in them. `--live` is a measure of its own: see policylive.py.
@@ -55,12 +57,25 @@ import common
 from flashserve.forecast import decisions
 from flashserve.forecast.core import Floats
 from forecast_traces import folders_of
-from policyruns import SMALL_NODE, Case, Outcome, Sources, Task, interval, pooled, run
+from policyruns import (
+    SMALL_NODE,
+    Case,
+    Outcome,
+    Sources,
+    Task,
+    interval,
+    pooled,
+    run,
+    run_with_copies,
+)
 
 NODE = Case("node", 1, 32, 9_600)
 CLUSTER = Case("cluster", 64, 40, 6_000)
 SCARCE = Case("scarce", 1, 280, 100_000, profile=SMALL_NODE, warm_up_s=3600.0)
 BUSY = Case("busy", 1, 32, 30_000, adapters_per_model=100, compression=24.0, max_replicas=2)
+ADAPTERS = Case(
+    "adapters", 4, 60, 300_000, adapters_per_model=200, compression=24.0, max_replicas=4
+)
 SEEDS = {"node": (0, 1, 2, 3), "cluster": (0, 1), "scarce": (0, 1), "busy": (0, 1)}
 KEEP_ALIVES = (1, 10, 30, 60, 120, 300, 600, 1800, 7200)
 SERVERLESSLLM = (1, 10)
@@ -71,7 +86,8 @@ OTHERS = ("histogram", "reactive", "oracle")
 OURS = "flashserve"
 FORECASTER = "auto"
 """As on a server; on the fit half it is idle less than `hazard`, at equal shares of cold starts."""
-ABLATIONS = ("forecast", "tiers", "grouping", "affinity")
+ABLATIONS = ("forecast", "tiers")
+"""Of node and cluster."""
 AIMS = {
     "idle_saving_vs_keepalive": ("fraction", "higher", 0.50),
     "idle_saving_at_equal_cold": ("fraction", "higher", 0.50),
@@ -185,7 +201,7 @@ def tasks_of(case: Case, seeds: Sequence[int], factor: float) -> list[Task]:
     for seed in seeds:
         found += [Task(case, seed, name) for name in (*names, *OTHERS)]
         found += [Task(case, seed, OURS, f) for f in {factor, 1.0}]
-        found += [Task(case, seed, OURS, factor, part) for part in ABLATIONS[:2]]
+        found += [Task(case, seed, OURS, factor, part) for part in ABLATIONS]
     return found
 
 
@@ -209,8 +225,7 @@ def factor_at_equal_cost(compared: Compared) -> float:
 
 
 def tasks_of_busy(seeds: Sequence[int]) -> list[Task]:
-    parts = ("", *ABLATIONS[2:])
-    return [Task(BUSY, seed, OURS, 1.0, part) for seed in seeds for part in parts]
+    return [Task(BUSY, seed, OURS, 1.0, part) for seed in seeds for part in ("", "grouping")]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -248,7 +263,7 @@ def _rows(compared: Compared, case: Case, factor: float) -> Iterable[dict[str, A
         shown[f"serverlessllm-{seconds}s"] = compared.of(f"serverlessllm-{seconds}s")
     shown["flashserve as configured"] = compared.of(OURS)
     shown[f"flashserve (x{factor:g})"] = compared.of(OURS, factor)
-    for part in ABLATIONS[:2]:
+    for part in ABLATIONS:
         shown[f"flashserve without {part}"] = compared.of(OURS, factor, part)
     for name, outcome in shown.items():
         yield row(case.name, name, outcome, compared)
@@ -279,10 +294,17 @@ def judge_scarce(compared: Compared, factor: float, resamples: int) -> Judged:
 
 
 def rows_of_busy(compared: Compared) -> list[dict[str, Any]]:
-    shown = {"flashserve": compared.of(OURS)}
-    for part in ABLATIONS[2:]:
-        shown[f"flashserve without {part}"] = compared.of(OURS, 1.0, part)
+    shown = {
+        "flashserve": compared.of(OURS),
+        "flashserve without grouping": compared.of(OURS, 1.0, "grouping"),
+    }
     return [row(BUSY.name, name, outcome, None) for name, outcome in shown.items()]
+
+
+def rows_of_adapters(sources: Sources) -> Iterable[dict[str, Any]]:
+    for part, name in (("", "flashserve"), ("affinity", "flashserve without affinity")):
+        outcome, copies = run_with_copies(sources, Task(ADAPTERS, 0, OURS, 1.0, part))
+        yield {**row(ADAPTERS.name, name, outcome, None), "adapter_copies": copies}
 
 
 def row(case: str, name: str, outcome: Outcome, compared: Compared | None) -> dict[str, Any]:
@@ -300,6 +322,7 @@ def row(case: str, name: str, outcome: Outcome, compared: Compared | None) -> di
         "idle_h": float(outcome.idle_s.sum()) / 3600,
         "cost": float(outcome.cost.sum()),
         "saving": compared.saving(outcome, ones) if compared else None,
+        "adapter_copies": None,
     }
 
 
@@ -354,6 +377,7 @@ def main() -> None:
     )
     rows = [each for case in judged.values() for each in case.rows]
     rows += rows_of_busy(Compared(ran, BUSY, seeds["busy"]))
+    rows += rows_of_adapters(sources)
     rows += [
         {
             **dict.fromkeys(rows[0]),

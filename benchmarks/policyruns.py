@@ -17,11 +17,13 @@ from flashserve.forecast.core import ArrivalModel, Floats
 from flashserve.forecast.traces import DAY, Trace, read_trace
 from flashserve.policy.cost import Prices
 from flashserve.sim import trial
+from flashserve.sim.closed import ClosedEngine
 from flashserve.sim.forecasts import forecast_events
 from flashserve.sim.lengths import lengths_in
-from flashserve.sim.profiles import H100_NODE, Profile
+from flashserve.sim.profiles import H100_NODE, EngineShape, Profile, StepCosts
 from flashserve.sim.results import Results
 from flashserve.sim.run import Cluster
+from flashserve.sim.steps import AdapterSlots, EngineMaker
 from flashserve.sim.workload import Arrival, Workload, WorkloadSettings, make_workload
 from flashserve.types import Tier
 
@@ -73,7 +75,8 @@ class Sources:
 class Task:
     """One run. price: factor on the price of waiting that the policy is told.
 
-    ablation: what the run goes without; see ABLATIONS. on_fit: replays the fit half.
+    ablation: what the run goes without: forecast, tiers, grouping or affinity. on_fit: replays the
+    fit half.
     """
 
     case: Case
@@ -153,7 +156,7 @@ def summed_up(results: Results, warm_up_s: float = 0.0) -> Outcome:
     )
 
 
-def run(sources: Sources, task: Task) -> Outcome:
+def run(sources: Sources, task: Task, make_engine: EngineMaker = ClosedEngine) -> Outcome:
     """In whatever process; what several runs need is made once in each."""
     workload = _workload(sources, task.case, task.seed, task.on_fit)
     settings = PolicySettings(max_replicas=task.case.max_replicas)
@@ -169,7 +172,7 @@ def run(sources: Sources, task: Task) -> Outcome:
     model = _fitted(sources, task.seed)
     tried = trial.Trial(
         workload,
-        Cluster(profile, task.case.num_nodes),
+        Cluster(profile, task.case.num_nodes, make_engine),
         PRICES,
         settings,
         lambda: forecast_events(model, workload),
@@ -187,6 +190,20 @@ def run(sources: Sources, task: Task) -> Outcome:
         keep_phases=False,
     )
     return summed_up(results, task.case.warm_up_s)
+
+
+def run_with_copies(sources: Sources, task: Task) -> tuple[Outcome, int]:
+    """The same, and how many adapters were copied to engines that did not have them."""
+    slots: list[AdapterSlots] = []
+
+    def make_engine(
+        costs: StepCosts, shape: EngineShape, adapters: AdapterSlots, *, is_open: bool
+    ) -> ClosedEngine:
+        slots.append(adapters)
+        return ClosedEngine(costs, shape, adapters, is_open=is_open)
+
+    outcome = run(sources, task, make_engine)
+    return outcome, sum(each.num_loads for each in slots)
 
 
 def without_dram_tier(profile: Profile) -> Profile:
