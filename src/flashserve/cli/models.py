@@ -28,6 +28,8 @@ _COLUMNS: dict[str, Callable[[Any], str]] = {
     "reason": str,
 }
 """Of `ps`: what a model's object says, and how it is shown."""
+_WHERE = {"remote": "at its remote source", "dram": "in DRAM"}
+"""Of a model's bytes, where "on" a tier would not read well."""
 _STATE_STYLES = {"ready": "green", "loading": "yellow", "draining": "yellow", "failed": "red"}
 
 
@@ -184,5 +186,5 @@ def _print_model(model: dict[str, Any], *, as_json: bool) -> None:
         console.print_json(model)
         return
     size = console.human_bytes(model["size_bytes"])
-    where = "in DRAM" if model["tier"] == "dram" else f"on {model['tier']}"
+    where = _WHERE.get(model["tier"], f"on {model['tier']}")
     console.print_line(f"{model['name']} is {model['state']}, its {size} {where}")
