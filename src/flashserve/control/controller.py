@@ -112,21 +112,25 @@ class Controller:
 
     def _apply(self, event: Event, now: float) -> list[Command]:  # noqa: C901, PLR0911, PLR0912 - one line per event
         state = self._state
-        match event:
+        match event:  # the most frequent ones first
             case RequestArrived():
                 return requests.arrive(state, event, now)
             case RequestFinished():
                 return requests.finish(state, event, now)
             case ReplicaReady():
                 return replicas.ready(state, event, now)
-            case ReplicaFailed():
-                return replicas.failed(state, event, now)
-            case ReplicaLost():
-                return replicas.lost(state, event, now)
             case ReplicaStopped():
                 return replicas.stopped(state, event, now)
             case Staged():
                 return memory.staged(state, event, now)
+            case ForecastReady():
+                return scaling.forecast_ready(state, event)
+            case Tick():
+                return self._tick(now)
+            case ReplicaFailed():
+                return replicas.failed(state, event, now)
+            case ReplicaLost():
+                return replicas.lost(state, event, now)
             case StageFailed():
                 return memory.stage_failed(state, event, now)
             case Evicted():
@@ -145,14 +149,10 @@ class Controller:
                 return membership.node_lost(state, event, now)
             case WorkersChanged():
                 return membership.workers_changed(state, event)
-            case ForecastReady():
-                return scaling.forecast_ready(state, event)
             case BoundsChanged():
                 return scaling.bounds_changed(state, event)
             case DrainStarted():
                 return membership.drain_started(state)
-            case Tick():
-                return self._tick(now)
             case _:
                 assert_never(event)
 

@@ -26,7 +26,7 @@ def stage_requested(state: State, event: StageRequested, now: float) -> list[Com
         reason = f"asked for; {node.node_id} holds it or is about to"
         return [orders.stage(node, model, event.tier, reason)]
     nodes = slots.candidates(state, model, set(), for_replica=False)
-    placement = place(slots.view(state, node, model) for node in nodes)
+    placement = place(slots.views(state, nodes, model))
     if placement is None:
         node = max(state.nodes.values(), key=lambda n: (n.capacity_bytes, n.node_id))
         reason = f"asked for; no node has room, {node.node_id} is the largest"

@@ -215,11 +215,13 @@ class Node:
     stage_failures: dict[ModelId, int] = dataclasses.field(default_factory=dict)
     claims: dict[ModelId, None] = dataclasses.field(default_factory=dict)
     node_id: NodeId = dataclasses.field(init=False)
+    num_workers: int = dataclasses.field(init=False)
     capacity_bytes: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         """The spec of a node stays: one that joins anew is another Node."""
         self.node_id = self.spec.node_id
+        self.num_workers = self.spec.num_workers
         self.capacity_bytes = self.spec.dram_bytes // EXTENT_BYTES * EXTENT_BYTES
 
     @property
@@ -228,7 +230,7 @@ class Node:
 
     @property
     def free_slots(self) -> int:
-        return self.spec.num_workers - len(self.replicas)
+        return self.num_workers - len(self.replicas)
 
     @property
     def num_kept(self) -> int:

@@ -13,6 +13,8 @@ from flashserve.policy import admission, cost, routing, text
 from flashserve.policy.admission import Refusal
 from flashserve.types import Phases, ReplicaId, RequestId, Tier
 
+_DEVICE, _DRAM = Tier.DEVICE, Tier.DRAM
+
 
 def arrive(state: State, event: RequestArrived, now: float) -> list[Command]:
     """Dispatch at once to a ready replica, let it wait, or refuse it. A known id is ignored."""
@@ -40,12 +42,17 @@ def arrive(state: State, event: RequestArrived, now: float) -> list[Command]:
     if refusal := _refusal(state, model, now):
         return [orders.reject(request, refusal)]
     if not model.waiting and (route := _route(state, model, request)):
-        request.tier = Tier.DEVICE
+        request.tier = _DEVICE
         request.predicted = Phases(prefill_s=_prefill_s(state, model))
         replica_id, reason = route
         return [orders.dispatch(state, request, state.replicas[replica_id], reason, now)]
-    if refusal := admission.refuse_full(
-        model.model_id, len(model.waiting), state.settings.queue_limit, _wait_s(state, model, now)
+    if len(model.waiting) >= state.settings.queue_limit and (
+        refusal := admission.refuse_full(
+            model.model_id,
+            len(model.waiting),
+            state.settings.queue_limit,
+            _wait_s(state, model, now),
+        )
     ):
         return _share_queue(state, model, request, refusal, now)
     state.enqueue(model, [request], now)
@@ -113,13 +120,13 @@ def release(state: State, model: Model, replica: Replica, now: float) -> list[Co
     """A replica has room again: for a waiting request, or to stop if it was only to finish."""
     if replica.status is DRAINING and not replica.in_flight:
         return orders.stop_replica(state, replica, replica.drain_reason, now)
-    return dispatch_waiting(state, model, now)
+    return dispatch_waiting(state, model, now) if model.waiting else []
 
 
 def dispatch_waiting(state: State, model: Model, now: float) -> list[Command]:
     """Dispatch waiting requests, by their tenants' shares, while a ready replica has room."""
     commands: list[Command] = []
-    while request := model.shares.next():
+    while model.waiting and (request := model.shares.next()):
         route = _route(state, model, request)
         if route is None:
             break
@@ -131,7 +138,8 @@ def dispatch_waiting(state: State, model: Model, now: float) -> list[Command]:
 def _route(state: State, model: Model, request: Request) -> tuple[ReplicaId, str] | None:
     ready = [r for r in model.replicas.values() if r.status is READY]
     if len(ready) == 1:  # nothing to compare
-        return routing.only(_load(ready[0], request))
+        [only] = ready
+        return routing.only(routing.ReplicaLoad(len(only.in_flight), only.replica_id, only.limit))
     if not ready:
         return None
     return routing.route((_load(r, request) for r in ready), _prefill_s(state, model))
@@ -221,8 +229,10 @@ def hold_new(state: State, now: float) -> list[Command]:
         if request.replica_id is not None or request.request_id not in state.requests:
             continue
         model = state.models[request.model_id]
-        is_ready = any(r.status is READY for r in model.replicas.values())
-        request.tier = state.tier(model) if is_ready else min(state.tier(model), Tier.DRAM)
+        tier = state.tier(model)
+        if tier > _DRAM and not any(r.status is READY for r in model.replicas.values()):
+            tier = _DRAM
+        request.tier = tier
         request.predicted = predict(state, model, now)
         reason = f"waits for {waiting_for(state, model, now)}"
         commands.append(Hold(request.request_id, request.tier, request.predicted, reason))
@@ -272,7 +282,10 @@ def _prefill_s(state: State, model: Model) -> float:
 
 
 def _starting(model: Model) -> Replica | None:
-    return next((r for r in model.replicas.values() if r.status is STARTING), None)
+    for replica in model.replicas.values():
+        if replica.status is STARTING:
+            return replica
+    return None
 
 
 def waiting_for(state: State, model: Model, now: float) -> str:

@@ -96,6 +96,9 @@ def _review(state: State, model: Model, now: float) -> list[Command]:
     if model.replicas:
         _keep_minimum(state, model)
         commands = _stop_surplus(state, model, now)
+        if commands and plan.outlives_replicas and not model.replicas:
+            state.unplanned.pop(model.model_id, None)
+            model.scale_out_at = math.inf
     serving = model.num_serving
     wanted = model.spec.scaling.min_replicas if model.is_dismissed else plan.replicas
     stands_in_line = not serving and bool(model.waiting)
@@ -110,16 +113,18 @@ def _review(state: State, model: Model, now: float) -> list[Command]:
 def _facts(state: State, model: Model) -> Facts:
     spec, model_id, estimates = model.spec, model.model_id, state.estimates
     node_id, tier = state.nearest(model)
-    in_flight, idle_since = 0, None
-    if model.replicas:
-        in_flight, idle_since = _load(model)
+    in_flight, idle_since = _load(model) if model.replicas else (0, None)
+    restart_s, prefill_s, run_s = estimates.of_model(node_id, model_id, spec.size_bytes, tier)
+    own_keep_alive_s, bounds = spec.keep_alive_s, model.bounds
+    if bounds is None or model.bounds_of is not spec.scaling:
+        bounds = state.bounds(model)
     return Facts(
         model_id,
         spec.size_bytes,
         tier,
-        estimates.startup_s(node_id, model_id, spec.size_bytes, tier),
-        estimates.prefill_s(model_id),
-        estimates.run_s(model_id),
+        restart_s,
+        prefill_s,
+        run_s,
         state.max_sequences,
         model.num_serving,
         in_flight,
@@ -127,9 +132,9 @@ def _facts(state: State, model: Model) -> Facts:
         idle_since,
         model.last_arrival_at,
         model.unseen_since,
-        state.keep_alive_s(model),
-        spec.keep_alive_s is not None,
-        state.bounds(model),
+        state.settings.keep_alive_s if own_keep_alive_s is None else own_keep_alive_s,
+        own_keep_alive_s is not None,
+        bounds,
         model.forecast,
     )
 
@@ -140,10 +145,12 @@ def _load(model: Model) -> tuple[int, float | None]:
     for replica in model.replicas.values():
         if replica.status is DRAINING:
             continue
-        in_flight += len(replica.in_flight)
-        is_idle = not replica.in_flight and replica.status is READY
-        idle_since = max(idle_since, replica.changed_at if is_idle else math.inf)
-    return in_flight, idle_since if math.isfinite(idle_since) else None
+        if replica.in_flight or replica.status is not READY:
+            in_flight += len(replica.in_flight)
+            idle_since = math.inf
+        elif replica.changed_at > idle_since:
+            idle_since = replica.changed_at
+    return in_flight, idle_since if -math.inf < idle_since < math.inf else None
 
 
 def _scale_out_at(facts: Facts) -> float:
@@ -220,7 +227,7 @@ def _start_ahead(state: State, model: Model, now: float) -> list[Command]:
     nodes = [
         node for node in slots.candidates(state, model, set()) if _is_worth(state, node, model, now)
     ]
-    placement = place(slots.view(state, node, model) for node in nodes)
+    placement = place(slots.views(state, nodes, model))
     if placement is None:
         return []
     node = state.nodes[placement.node_id]

@@ -72,6 +72,9 @@ class Shares:
 
     def next(self) -> Request | None:
         """The request that is dispatched next; None when none waits."""
+        if len(self._tenants) == 1:  # nothing to compare, and nothing is noted
+            [only] = self._tenants.values()
+            return next(iter(only.waiting.values()), None)
         while self._turns:
             top = self._turns[0]
             tenant = self._tenants.get(top.tenant)
@@ -82,6 +85,9 @@ class Shares:
 
     def most(self) -> Load | None:
         """The tenant whose waiting requests exceed its share the most; None when none waits."""
+        if len(self._tenants) == 1:
+            [only] = self._tenants.values()
+            return only.load if only.waiting else None
         while self._excesses:
             top = self._excesses[0]
             tenant = self._tenants.get(top[1])
@@ -103,6 +109,9 @@ class Shares:
         known = self._tenants.get(request.tenant)
         if known is None:
             known = self._tenants[request.tenant] = _Tenant(request.tenant, request.weight)
+            if len(self._tenants) == 2:
+                self._renew_turns()
+                self._renew_excesses()
         return known
 
     def _note(self, tenant: _Tenant) -> None:
@@ -111,14 +120,22 @@ class Shares:
             if not tenant.running:
                 del self._tenants[tenant.name]
             return
+        if len(self._tenants) == 1:
+            return
         heapq.heappush(self._turns, turn(tenant.load))
         heapq.heappush(self._excesses, _excess_key(tenant.load))
         if len(self._turns) > _MAX_STALE * len(self._tenants) + 64:
-            self._turns = [turn(load) for load in self._loads()]
-            heapq.heapify(self._turns)
+            self._renew_turns()
         if len(self._excesses) > _MAX_STALE * len(self._tenants) + 64:
-            self._excesses = [_excess_key(load) for load in self._loads()]
-            heapq.heapify(self._excesses)
+            self._renew_excesses()
+
+    def _renew_turns(self) -> None:
+        self._turns = [turn(load) for load in self._loads()]
+        heapq.heapify(self._turns)
+
+    def _renew_excesses(self) -> None:
+        self._excesses = [_excess_key(load) for load in self._loads()]
+        heapq.heapify(self._excesses)
 
     def _loads(self) -> Iterable[Load]:
         return (tenant.load for tenant in self._tenants.values() if tenant.waiting)

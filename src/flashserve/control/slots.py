@@ -64,7 +64,7 @@ def fill(state: State, now: float) -> list[Command]:
 def _start(state: State, model: Model, taken: set[NodeId], now: float) -> list[Command]:
     """Start the model where it would be ready first; nothing when it fits nowhere."""
     nodes = candidates(state, model, taken)
-    placement = place(view(state, node, model) for node in nodes)
+    placement = place(views(state, nodes, model))
     if placement is None:
         return []
     node = state.nodes[placement.node_id]
@@ -77,20 +77,26 @@ def candidates(
     state: State, model: Model, taken: set[NodeId], *, for_replica: bool = True
 ) -> list[Node]:
     """Nodes that can take the model's bytes now, and with `for_replica` a replica of it."""
-
-    def suits(node: Node) -> bool:
-        return (
-            (not for_replica or node.free_slots > 0 or bool(node.idle))
-            and node.node_id not in taken
-            and node.node_id not in model.shunned
-            and model.model_id not in node.pending_evicts
-            and node.has_room(model.spec)
-        )
-
     if len(state.nodes) <= _NUM_ALL:
-        return list(filter(suits, state.nodes.values()))
-    seen = islice(_likely(state, model), _NUM_SEEN)
-    return list(islice(filter(suits, seen), _NUM_LIKELY))
+        likely: Iterable[Node] = state.nodes.values()
+        most = _NUM_ALL
+    else:
+        likely, most = islice(_likely(state, model), _NUM_SEEN), _NUM_LIKELY
+    spec, shunned = model.spec, model.shunned
+    need = extent_bytes(spec.size_bytes)
+    suited: list[Node] = []
+    for node in likely:
+        if (
+            (not for_replica or len(node.replicas) < node.num_workers or node.idle)
+            and node.node_id not in taken
+            and node.node_id not in shunned
+            and spec.model_id not in node.pending_evicts
+            and (node.capacity_bytes - node.pinned_bytes >= need or node.has_room(spec))
+        ):
+            suited.append(node)
+            if len(suited) == most:
+                break
+    return suited
 
 
 def _likely(state: State, model: Model) -> Iterator[Node]:
@@ -104,17 +110,23 @@ def _likely(state: State, model: Model) -> Iterator[Node]:
             yield node
 
 
-def view(state: State, node: Node, model: Model) -> NodeView:
-    tier, worker = state.tier_on(model, node), worker_state(node)
-    startup_s = state.estimates.startup_s(
-        node.node_id, model.model_id, model.spec.size_bytes, tier, worker
-    )
-    return NodeView(node.node_id, tier, startup_s, node.free_slots, node.free_bytes)
+def views(state: State, nodes: Iterable[Node], model: Model) -> list[NodeView]:
+    model_id, size_bytes = model.model_id, model.spec.size_bytes
+    startup_s, tier_on = state.estimates.startup_s, state.tier_on
+    seen: list[NodeView] = []
+    for node in nodes:
+        node_id, tier = node.node_id, tier_on(model, node)
+        predicted_s = startup_s(node_id, model_id, size_bytes, tier, worker_state(node))
+        num_free = node.num_workers - len(node.replicas)
+        seen.append(
+            NodeView(node_id, tier, predicted_s, num_free, node.capacity_bytes - node.used_bytes)
+        )
+    return seen
 
 
 def worker_state(node: Node) -> WorkerState:
     num_replicas = len(node.replicas)
-    if num_replicas >= node.spec.num_workers:
+    if num_replicas >= node.num_workers:
         return _STOPPING
     return _SPARE if node.num_live > num_replicas else _STARTING
 

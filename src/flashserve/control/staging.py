@@ -63,7 +63,7 @@ def _stage(state: State, model: Model, nodes: list[Node], now: float) -> list[Co
     if now < model.no_stage_before or model.failure or model.is_dismissed:
         return []
     suited = [node for node in nodes if _is_worth(state, node, model, rate, now)]
-    placement = place(slots.view(state, node, model) for node in suited)
+    placement = place(slots.views(state, suited, model))
     if placement is None:
         return []
     node = state.nodes[placement.node_id]

@@ -112,9 +112,6 @@ class State:
         model = self.models.get(model_id)
         return None if model is None or model.is_deleted else model
 
-    def keep_alive_s(self, model: Model) -> float:
-        return keepalive.keep_alive_s(model.spec, self.settings.keep_alive_s)
-
     def bounds(self, model: Model) -> Scaling:
         """Of its replicas; max_replicas is the server's where it has none of its own."""
         if model.bounds is None or model.bounds_of is not model.spec.scaling:
@@ -124,10 +121,12 @@ class State:
 
     def tier(self, model: Model) -> Tier:
         """The highest tier that holds the model's bytes anywhere."""
-        if any(r.status is not STARTING for r in model.replicas.values()):
-            return Tier.DEVICE
-        if any(self.nodes[n].resident[model.model_id].is_loaded for n in model.dram_nodes):
-            return Tier.DRAM
+        for replica in model.replicas.values():
+            if replica.status is not STARTING:
+                return Tier.DEVICE
+        for node_id in model.dram_nodes:
+            if self.nodes[node_id].resident[model.model_id].is_loaded:
+                return _DRAM
         return max(model.spec.lowest_tier, Tier.DISK if model.disk_nodes else Tier.REMOTE)
 
     def nearest(self, model: Model) -> tuple[NodeId, Tier]:
@@ -179,7 +178,8 @@ class State:
         request.replica_id = replica.replica_id
         request.dispatched_at = now
         replica.in_flight[request.request_id] = request
-        _remember(replica, request)
+        if request.adapter or request.prefix is not None:
+            _remember(replica, request)
         model.num_running += 1
         self.num_running += 1
         if model.num_running > model.scale_out_at:
@@ -192,11 +192,14 @@ class State:
         """The request runs no more and is forgotten."""
         del self.requests[request.request_id]
         del replica.in_flight[request.request_id]
-        self._count_ended(replica.model_id, [request])
+        model = self.models[replica.model_id]
+        model.shares.stop_running(request)
+        model.num_running -= 1
+        self.num_running -= 1
         if not replica.in_flight:
             replica.changed_at = now
             self._reindex(replica)
-            self.unplanned[replica.model_id] = self.models[replica.model_id]
+            self.unplanned[replica.model_id] = model
 
     def take_in_flight(self, replica: Replica) -> list[Request]:
         """Take every running request from a replica that is gone, in order of arrival."""
@@ -290,18 +293,24 @@ class State:
 
     def _reindex(self, replica: Replica) -> None:
         node, replica_id = self.nodes[replica.node_id], replica.replica_id
-        if replica.is_spare:
+        is_busy = bool(replica.in_flight) and replica.status is READY
+        if not is_busy and replica.is_spare:
             self.busy.pop(replica_id, None)
             self.idle[replica_id] = node.idle[replica_id] = replica
             self.room_version += 1
+            self._refresh_pin(node, self.models[replica.model_id])
+            return
+        self.idle.pop(replica_id, None)
+        node.idle.pop(replica_id, None)
+        if is_busy:
+            self.busy[replica_id] = replica
         else:
-            self.idle.pop(replica_id, None)
-            node.idle.pop(replica_id, None)
-            if replica.status is READY and replica.in_flight:
-                self.busy[replica_id] = replica
-            else:
-                self.busy.pop(replica_id, None)
-        self._refresh_pin(node, self.models[replica.model_id])
+            self.busy.pop(replica_id, None)
+        resident = node.resident.get(replica.model_id)
+        if resident is not None and not resident.is_pinned:
+            resident.is_pinned = True
+            node.pinned_bytes += resident.num_bytes
+            node.evictable.pop(replica.model_id, None)
 
     def _review_slots(self, node: Node) -> None:
         self.free_nodes.pop(node.node_id, None)  # the next start goes to another node, all equal
@@ -353,9 +362,9 @@ class State:
         resident = node.resident.get(model.model_id)
         if resident is None:
             return
-        pinned, is_here = resident.is_staging, False
+        pinned, is_here, node_id = resident.is_staging, False, node.node_id
         for replica in model.replicas.values():
-            if replica.node_id == node.node_id:
+            if replica.node_id == node_id:
                 is_here = True
                 if not pinned and not replica.is_spare:
                     pinned = True

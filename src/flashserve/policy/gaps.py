@@ -81,7 +81,7 @@ class RecentGaps:
         came = waited = 0.0  # of all that is left: the share that came, seconds waited for it
         begin = age_s
         for edge, weight in zip(EDGES_S[first:], left, strict=False):
-            end = min(edge, until)
+            end = min(until, edge)
             inside = weight / total * ((end - begin) / (edge - begin))
             # Who came in this bin waited to its middle, everyone else to its end.
             came += inside

@@ -64,12 +64,15 @@ class Hazards:
         """
         assert self._is_sound or self.is_sound
         leads_s, by_lead = self.leads_s, self._by_lead
-        age_s = max(now - self.made_at, 0.0)
-        left_s = max(leads_s[-1] - age_s, _MIN_LEFT_S)
-        near_s = min(_NEAR_S, left_s)
+        age_s = now - self.made_at if now > self.made_at else 0.0
+        left_s = leads_s[-1] - age_s
+        left_s = max(left_s, _MIN_LEFT_S)
+        near_s = min(left_s, _NEAR_S)
         until_now = at_lead(leads_s, by_lead, age_s)
-        near = min(at_lead(leads_s, by_lead, age_s + near_s) - until_now, _MAX_HAZARD) / near_s
-        far = min(at_lead(leads_s, by_lead, age_s + left_s) - until_now, _MAX_HAZARD) / left_s
+        near = at_lead(leads_s, by_lead, age_s + near_s) - until_now
+        far = at_lead(leads_s, by_lead, age_s + left_s) - until_now
+        near = min(_MAX_HAZARD, near) / near_s
+        far = min(_MAX_HAZARD, far) / left_s
         return near + _FAR_SHARE * (far - near)
 
     def count(self, lead_s: float, level: float) -> float:
@@ -91,6 +94,8 @@ def hazard(p: float) -> float:
 
 def at_lead(leads_s: Sequence[float], values: Sequence[float], at: float) -> float:
     """Linear between the leads and from zero at lead 0; at the last slope beyond them."""
+    if at <= leads_s[0]:
+        return values[0] * at / leads_s[0]
     right = bisect.bisect_left(leads_s, at, 0, len(leads_s) - 1)
     if not right:
         return values[0] * at / leads_s[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import msgspec
 
@@ -11,7 +10,7 @@ from flashserve.policy import text
 from flashserve.types import NodeId, Tier
 
 
-class NodeView(NamedTuple):
+class NodeView(msgspec.Struct, frozen=True):
     """A node that could take the model now, or after stopping and evicting what is not in use."""
 
     node_id: NodeId
@@ -34,9 +33,12 @@ def place(nodes: Iterable[NodeView]) -> Placement | None:
 
     Ties go to the node with more free slots, then more free memory, then the smaller identifier.
     """
-    ranked = sorted([(node.startup_s, -node.free_slots, -node.free_bytes, node) for node in nodes])
+    ranked = [
+        (node.startup_s, -node.free_slots, -node.free_bytes, node.node_id, node) for node in nodes
+    ]
     if not ranked:
         return None
+    ranked.sort()
     best = ranked[0][-1]
     reason = f"{best.tier.label} on {best.node_id}: {text.seconds(best.startup_s)} predicted"
     if len(ranked) > 1:

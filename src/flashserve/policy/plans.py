@@ -67,7 +67,8 @@ class Plan(msgspec.Struct, frozen=True):
     second, which ranks the model's bytes and idle replicas among others'; None leaves that to how
     recently it was used. heed_first, heed_last: while the model has no replica, a forecast whose
     chance within its first lead is below the one changes no replicas, and one whose chance within
-    its last lead is below the other no tier, so that nobody need be asked.
+    its last lead is below the other no tier, so that nobody need be asked. outlives_replicas: asked
+    again once the last of them has stopped, the policy would decide the same.
     """
 
     replicas: int
@@ -76,6 +77,7 @@ class Plan(msgspec.Struct, frozen=True):
     rate_per_s: float | None = None
     heed_first: float = 0.0
     heed_last: float = 0.0
+    outlives_replicas: bool = False
     why: object = ""
     """What `str` puts into words: few plans are ever read about."""
 
@@ -152,5 +154,8 @@ def clamp(replicas: float, facts: Facts) -> int:
 
 def replicas_for_load(facts: Facts) -> int:
     """Replicas that the requests which run and wait now need, each taking its target at once."""
+    num_requests = facts.in_flight + facts.waiting
+    if not num_requests:
+        return 0
     each = facts.scaling.target or facts.limit
-    return -(-(facts.in_flight + facts.waiting) // max(each, 1))
+    return -(-num_requests // max(each, 1))

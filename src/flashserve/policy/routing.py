@@ -8,7 +8,8 @@ computed from where they differ.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+
+import msgspec
 
 from flashserve.policy import text
 from flashserve.types import ReplicaId
@@ -19,7 +20,7 @@ PREFIX_SHARE = 0.5
 """Of a prefill that a known prefix is taken to save."""
 
 
-class ReplicaLoad(NamedTuple):
+class ReplicaLoad(msgspec.Struct, frozen=True):
     in_flight: int
     replica_id: ReplicaId
     limit: int

@@ -9,7 +9,8 @@ a start times the chance of a request exceeds that of the idle window times the 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+
+import msgspec
 
 from flashserve.policy import text
 from flashserve.policy.cost import Prices
@@ -28,7 +29,16 @@ _MAX_AGE = 0.5
 """A forecast may be used for this share of its longest lead, if nothing arrived since."""
 
 
-class _Kept(NamedTuple):
+class _Fixed(msgspec.Struct, frozen=True):
+    """Why the keep-alive decides."""
+
+    keep_alive_s: float
+
+    def __str__(self) -> str:
+        return f"no forecast: keep-alive {text.seconds(self.keep_alive_s)}"
+
+
+class _Kept(msgspec.Struct, frozen=True):
     """Why an idle replica stays, or does not, until the next forecast."""
 
     keep_s: float
@@ -44,7 +54,7 @@ class _Kept(NamedTuple):
         )
 
 
-class _Weighed(NamedTuple):
+class _Weighed(msgspec.Struct, frozen=True):
     """A start that may be waited for against a window that may be idle."""
 
     lead_s: float
@@ -64,7 +74,7 @@ class _Weighed(NamedTuple):
         )
 
 
-class _Ahead(NamedTuple):
+class _Ahead(msgspec.Struct, frozen=True):
     """Why replicas are wanted before requests."""
 
     weighed: _Weighed
@@ -109,7 +119,7 @@ class Predictive:
             next_due = self._next_due(forecast, facts.unseen_since)
             if now <= next_due + self._window_s:  # else one is missed that should know of it
                 return self._until_next(facts, by_load, next_due, now)
-        why = f"no forecast: keep-alive {text.seconds(facts.keep_alive_s)}"
+        why = _Fixed(facts.keep_alive_s)
         return Plan(clamp(by_load, facts), facts.keep_alive_s, why=why)
 
     def _next_due(self, forecast: Hazards, unseen_since: float) -> float:
@@ -117,8 +127,9 @@ class Predictive:
 
         A model's forecast is made each window and told when it has changed, or a request came.
         """
-        windows = math.ceil((unseen_since - forecast.made_at) / self._window_s)
-        return forecast.made_at + max(windows, 1) * self._window_s + _LATE_S
+        made_at, window_s = forecast.made_at, self._window_s
+        windows = math.ceil((unseen_since - made_at) / window_s)
+        return made_at + max(1, windows) * window_s + _LATE_S
 
     def _until_next(self, facts: Facts, by_load: int, next_due: float, now: float) -> Plan:
         """Something arrived since the forecast was made: the gaps between requests decide.
@@ -130,7 +141,7 @@ class Predictive:
         assert facts.last_arrival_at is not None
         rate = facts.forecast.rate(now)
         wanted = clamp(by_load, facts)
-        left_s = max(next_due - now, 0.0)
+        left_s = next_due - now if next_due > now else 0.0
         review_at = next_due if left_s else next_due + self._window_s
         if facts.has_own_keep_alive:
             return Plan(wanted, facts.keep_alive_s, review_at, rate, why="its own keep-alive")
@@ -139,8 +150,14 @@ class Predictive:
         cold_s = self._cold(facts) / max(self._prices.gpu_per_s, 1e-12)
         age_s = now - facts.last_arrival_at
         keep_s = self._gaps.keep_s(facts.model_id, age_s, left_s, cold_s)
-        why = _Kept(keep_s, age_s, cold_s)
-        return Plan(wanted, now - facts.idle_since + keep_s, review_at, rate, why=why)
+        return Plan(
+            wanted,
+            now - facts.idle_since + keep_s,
+            review_at,
+            rate,
+            outlives_replicas=True,
+            why=_Kept(keep_s, age_s, cold_s),
+        )
 
     def _by_chance(self, facts: Facts, forecast: Hazards, by_load: int, now: float) -> Plan:
         rate = forecast.rate(now)

@@ -40,6 +40,7 @@ class ClosedEngine(SteppedEngine):
         self._prefix_tokens = 0
 
     def drop(self, now: float) -> None:
+        self.catch_up(now)
         reached = self.num_steps + self._steps_done(now)
         for ends_after, number in self._decoding:
             job = self._jobs[number]
@@ -51,10 +52,12 @@ class ClosedEngine(SteppedEngine):
             self._adapters.want(job.adapter, now)
 
     def _plan(self, now: float) -> tuple[int, float]:
+        chunks = self._chunks = []
+        if not self._jobs and not self._waiting:
+            return 0, 0.0
         shape = self._shape
         num_decodes = len(self._decoding)
         budget = shape.max_tokens - num_decodes
-        chunks = self._chunks = []
         for entry in self._prefilling:
             taken = min(entry[0], budget)
             if taken <= 0:
@@ -75,6 +78,18 @@ class ClosedEngine(SteppedEngine):
             step_s = self._seconds(0, num_decodes, num_adapters)
             return min(ahead, self._steps_until_adapter(now, step_s)), step_s
         return 0, 0.0
+
+    def _next_run_s(self) -> float:
+        """The decodes of a request that is alone, whose prompt ends with this step."""
+        if len(self._jobs) != 1 or len(self._chunks) != 1 or self._waiting:
+            return 0.0
+        (left, number), taken = self._chunks[0]
+        job = self._jobs[number]
+        num_steps = job.output_tokens - job.num_emitted - 1
+        if left > taken or num_steps <= 0:
+            return 0.0
+        num_adapters = self._adapters.num_pinned if self._adapters is not None else 0
+        return num_steps * self._seconds(0, 1, num_adapters)
 
     def _steps_until_adapter(self, now: float, step_s: float) -> int:
         if not self._waiting or self._adapters is None:

@@ -11,6 +11,7 @@ from flashserve.sim.results import Spent, Timeline
 from flashserve.types import ModelId, ModelSpec, Tier
 
 _GB = 1e9
+_NEAREST_FIRST = (Tier.DEVICE, Tier.DRAM, Tier.DISK)
 
 
 class Use(enum.IntEnum):
@@ -35,7 +36,7 @@ class Account:
 
     @property
     def tier(self) -> Tier:
-        for tier in (Tier.DEVICE, Tier.DRAM, Tier.DISK):
+        for tier in _NEAREST_FIRST:
             if self.num_holders[tier]:
                 return tier
         return self.lowest

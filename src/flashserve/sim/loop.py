@@ -117,8 +117,9 @@ class Simulation:
     ) -> None:
         heap, next_wakeup = self._heap, self.controller.next_wakeup
         while True:
-            due = heap[0][0] if heap else math.inf
-            at = min(due, script.at, arrivals.at)
+            at = min(arrivals.at, script.at)
+            if heap and heap[0][0] < at:
+                at = heap[0][0]
             wakeup = next_wakeup(at)
             if wakeup is not None and wakeup < at:
                 at = max(wakeup, self.now)

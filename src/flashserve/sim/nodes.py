@@ -190,7 +190,9 @@ class ModelledNode:
         if replica.use is _IDLE:
             self._use(replica, _BUSY, now)
         replica.engine.add(job, now)
-        self._plan(replica, now)
+        if self._shares_cores:
+            self._compute(replica, now)
+        self._plan_wake(replica, now)
 
     def suffer(self, event: Event, now: float) -> None:
         """A fault, which the controller is told as well."""
@@ -220,6 +222,8 @@ class ModelledNode:
         for replica in (*self._replicas.values(), *self._stopping):
             if replica.use is not None:
                 self._use(replica, replica.use, now)
+            if replica.engine is not None:
+                replica.engine.catch_up(now)
 
     # Starts
 
@@ -311,7 +315,9 @@ class ModelledNode:
         if replica.engine is not None:
             replica.engine.open(now)
             self._loaded(replica, now)
-            self._plan(replica, now)
+            if self._shares_cores:
+                self._compute(replica, now)
+            self._plan_wake(replica, now)
 
     def _build(self, replica: ModelledReplica, phases: Phases, now: float) -> None:
         """Make or wake the module, which takes `init_s` of a worker's compute."""
@@ -446,11 +452,6 @@ class ModelledNode:
 
     # Engines
 
-    def _plan(self, replica: ModelledReplica, now: float) -> None:
-        if self._shares_cores:
-            self._compute(replica, now)
-        self._plan_wake(replica, now)
-
     def _compute(self, replica: ModelledReplica, now: float) -> None:
         """Let the others that compute know, once this one begins or ends to."""
         assert replica.engine is not None
@@ -483,7 +484,9 @@ class ModelledNode:
             self._emit(RequestFinished(job.request_id, max(prefill_s, 0.0)))
         if not replica.num_jobs and replica.use is _BUSY:
             self._use(replica, _IDLE, now)
-        self._plan(replica, now)
+        if self._shares_cores:
+            self._compute(replica, now)
+        self._plan_wake(replica, now)
 
     # Accounts
 

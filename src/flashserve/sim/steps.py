@@ -119,6 +119,8 @@ class SteppedEngine(abc.ABC):
         self._run = 0
         self._step_s = 0.0
         self._stretch = 1.0
+        self._turn_at = INFINITE
+        """Where the run under way ends before `next_at`, with nothing that anybody is told of."""
 
     @property
     def is_computing(self) -> bool:
@@ -128,6 +130,7 @@ class SteppedEngine(abc.ABC):
         """From now on every step takes `stretch` times what it costs; what is under way goes on
         from where it is.
         """
+        self.catch_up(now)
         if self._run:
             done = (now - self._began_at) / self._step_s
             self._step_s *= stretch / self._stretch
@@ -136,6 +139,8 @@ class SteppedEngine(abc.ABC):
         self._stretch = stretch
 
     def add(self, job: Job, now: float) -> None:
+        if self._turn_at < INFINITE:
+            self.catch_up(now)
         self._enqueue(job, now)
         if not self._run:
             self._begin(now)
@@ -150,6 +155,7 @@ class SteppedEngine(abc.ABC):
             self.next_at = max(end, now + self._step_s / _NUM_GROUPS)
             for job in self._jobs_of_step():
                 job.gated_s += self.next_at - end
+            self._look_past()
 
     def advance(self, now: float) -> list[Job]:
         """Do what is due until now; the jobs that are finished."""
@@ -158,11 +164,33 @@ class SteppedEngine(abc.ABC):
             return []
         if now < self.next_at:
             return []
+        if self._turn_at < INFINITE:
+            self.catch_up(now)
+        return self._end_run(now)
+
+    def catch_up(self, now: float) -> None:
+        """Before anything changes: a run that has ended unnoticed is over, and one that has not
+        is called for when it ends.
+        """
+        turn_at, self._turn_at = self._turn_at, INFINITE
+        if turn_at < now:
+            self._end_run(turn_at)
+        elif turn_at < INFINITE:
+            self.next_at = turn_at
+
+    def _end_run(self, now: float) -> list[Job]:
         finished = self._complete(self._run, now)
         self.num_steps += self._run
         self._run = 0
         self._begin(now)
         return finished
+
+    def _look_past(self) -> None:
+        """Go without a call at the end of a run after which only the next one follows."""
+        next_run_s = self._next_run_s()
+        if next_run_s:
+            self._turn_at = self.next_at
+            self.next_at += next_run_s
 
     @abc.abstractmethod
     def drop(self, now: float) -> None:
@@ -184,6 +212,7 @@ class SteppedEngine(abc.ABC):
             return
         if self._is_open:
             self.next_at = now + self._run * self._step_s
+            self._look_past()
         else:
             self._run, self.next_at = 1, INFINITE
 
@@ -210,6 +239,10 @@ class SteppedEngine(abc.ABC):
     @abc.abstractmethod
     def _complete(self, num_steps: int, now: float) -> list[Job]:
         """The planned steps, or the first of them, are over."""
+
+    def _next_run_s(self) -> float:
+        """What the run after this one takes, where nobody joins or ends between them; else 0."""
+        return 0.0
 
     @abc.abstractmethod
     def _could_admit(self) -> bool:

@@ -72,17 +72,23 @@ class Workers:
     def _assign(self, now: float) -> None:
         while self._claims and self._spare:
             claim = self._claims.popleft()
-            worker = min(self._spare, key=lambda each: _unfitness(each, claim.model_id))
-            self._spare.remove(worker)
+            worker = self._spare.pop(_fittest(self._spare, claim.model_id))
             worker.last_model = claim.model_id
             claim.worker = worker
             claim.granted(now)
 
 
-def _unfitness(worker: Worker, model_id: ModelId) -> int:
-    """Lowest for the worker to take; `min` keeps the longest spare among equals."""
-    if model_id in worker.asleep:
-        return 0
-    if worker.last_model == model_id:
-        return 1
-    return 2 if worker.last_model is None else 3
+def _fittest(spare: list[Worker], model_id: ModelId) -> int:
+    """Where in the list the worker to take is; the longest spare among equals.
+
+    One in which the model sleeps, then its last one, then an unused one.
+    """
+    found, unfitness = 0, 3
+    for place, worker in enumerate(spare):
+        if model_id in worker.asleep:
+            return place
+        if unfitness > 1 and worker.last_model == model_id:
+            found, unfitness = place, 1
+        elif unfitness > 2 and worker.last_model is None:
+            found, unfitness = place, 2
+    return found

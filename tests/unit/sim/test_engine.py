@@ -102,7 +102,7 @@ def test_an_adapter_waits_while_another_is_in_use_and_no_room_is_left(kind: str)
 def test_a_replica_that_is_lost_leaves_what_was_emitted(kind: str) -> None:
     made, running = engine(kind), job("a", 10, 50)
     made.add(running, 0.0)
-    made.advance(made.next_at)
+    made.advance(min(made.next_at, 0.07))  # one of them goes past the end of the prompt
     made.drop(0.06 + 0.052 * 7.5)
     assert running.num_emitted == 8
     done = serve(engine(kind), [(10.0, running)])
