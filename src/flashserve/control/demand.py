@@ -24,7 +24,9 @@ class Demand:
     def hear(self, said: SeriesForecast) -> None:
         """A newer forecast: it knows of what came until it was made."""
         self.forecast = Hazards(said)
+        if self.unseen_since is None:
+            return
         if self.last_arrival_at is None or self.last_arrival_at <= said.made_at:
             self.unseen_since = None
-        elif self.unseen_since is not None:
+        else:
             self.unseen_since = max(self.unseen_since, said.made_at)

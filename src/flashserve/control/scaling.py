@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from itertools import islice
 
 import msgspec
@@ -22,7 +23,6 @@ from flashserve.messages.events import BoundsChanged, ForecastReady
 from flashserve.policy import keepalive
 from flashserve.policy.placement import place
 from flashserve.policy.plans import Facts, trusted
-from flashserve.types import SeriesForecast
 
 _NUM_TRIES = 2
 """Starts ahead that are tried in one event; the others' turn comes with the next ones."""
@@ -37,19 +37,19 @@ def forecast_ready(state: State, event: ForecastReady) -> list[Command]:
         model = models.get(forecast.series)
         if model is not None and not model.is_deleted:
             model.hear(forecast)
-            if _may_matter(model, forecast):
+            if _may_matter(model, forecast.p_arrival):
                 state.unplanned[model.model_id] = model
     return []
 
 
-def _may_matter(model: Model, forecast: SeriesForecast) -> bool:
+def _may_matter(model: Model, chances: Sequence[float]) -> bool:
     """Whether the plan could change. Most models are quiet mostly, and cost a comparison."""
-    plan = model.plan
     if model.replicas or model.waiting or model.spec.scaling.min_replicas:
         return True
-    if not forecast.p_arrival or not forecast.p_arrival[0] < plan.heed_first:
+    plan = model.plan
+    if not chances or not chances[0] < plan.heed_first:
         return True
-    return not (model.dram_nodes or forecast.p_arrival[-1] < plan.heed_last)
+    return not (model.dram_nodes or chances[-1] < plan.heed_last)
 
 
 def bounds_changed(state: State, event: BoundsChanged) -> list[Command]:
@@ -104,7 +104,8 @@ def _review(state: State, model: Model, now: float) -> list[Command]:
     stands_in_line = not serving and bool(model.waiting)
     is_short = serving < wanted and not stands_in_line and not state.is_draining
     state.set_short(model, is_short, now)
-    state.watch_review(model)
+    if plan.review_at < math.inf or model.no_start_before > 0:
+        state.watch_review(model)
     if plan.rate_per_s is not None and not model.dram_nodes:
         state.reviewed[model.model_id] = model
     return commands

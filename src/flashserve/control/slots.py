@@ -116,8 +116,8 @@ def views(state: State, nodes: Iterable[Node], model: Model) -> list[NodeView]:
     seen: list[NodeView] = []
     for node in nodes:
         node_id, tier = node.node_id, tier_on(model, node)
-        predicted_s = startup_s(node_id, model_id, size_bytes, tier, worker_state(node))
         num_free = node.num_workers - len(node.replicas)
+        predicted_s = startup_s(node_id, model_id, size_bytes, tier, worker_state(node))
         seen.append(
             NodeView(node_id, tier, predicted_s, num_free, node.capacity_bytes - node.used_bytes)
         )

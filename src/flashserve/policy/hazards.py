@@ -43,8 +43,7 @@ class Hazards:
         if self._is_sound is None:
             self._is_sound = _is_sound(self.said)
             if self._is_sound:
-                # `hazard` of each, without a call
-                self._by_lead = [-math.log1p(-min(p, _MAX_P)) for p in self.said.p_arrival]
+                self._by_lead = _hazards(self.said.p_arrival)
         return self._is_sound
 
     def chance(self, now: float, lead_s: float) -> float:
@@ -92,6 +91,13 @@ def hazard(p: float) -> float:
     return -math.log1p(-min(p, _MAX_P))
 
 
+def _hazards(chances: Sequence[float]) -> list[float]:
+    """`hazard` of each, without a call."""
+    if max(chances) > _MAX_P:
+        chances = [min(p, _MAX_P) for p in chances]
+    return [-math.log1p(-p) for p in chances]
+
+
 def at_lead(leads_s: Sequence[float], values: Sequence[float], at: float) -> float:
     """Linear between the leads and from zero at lead 0; at the last slope beyond them."""
     if at <= leads_s[0]:
@@ -110,12 +116,16 @@ def _is_sound(said: SeriesForecast) -> bool:
     leads = said.leads_s
     if not (leads[0] > 0 and all(map(operator.lt, leads, leads[1:]))):
         return False
-    counts = (*said.mean, *said.upper)
+    chances, mean, upper = said.p_arrival, said.mean, said.upper
     return (
         math.isfinite(leads[-1])
         and math.isfinite(said.made_at)
-        and all(map(math.isfinite, (*said.p_arrival, *counts)))
-        and min(said.p_arrival) >= 0
-        and max(said.p_arrival) <= 1
-        and min(counts) >= 0
+        and (
+            math.isfinite(sum(chances) + sum(mean) + sum(upper))  # then each of them is
+            or all(map(math.isfinite, (*chances, *mean, *upper)))
+        )
+        and min(chances) >= 0
+        and max(chances) <= 1
+        and min(mean) >= 0
+        and min(upper) >= 0
     )

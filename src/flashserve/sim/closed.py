@@ -91,6 +91,23 @@ class ClosedEngine(SteppedEngine):
         num_adapters = self._adapters.num_pinned if self._adapters is not None else 0
         return num_steps * self._seconds(0, 1, num_adapters)
 
+    def _end_both_runs(self, now: float) -> list[Job]:
+        """The same in one go: a request that came and went alone leaves nothing to plan."""
+        [(_, number)] = self._prefilling
+        job = self._jobs[number]
+        if not job.num_emitted:
+            job.first_token_at = self._turn_at
+            job.num_emitted = 1
+        else:
+            job.num_emitted += 1
+        self.num_steps += 1 + job.output_tokens - job.num_emitted
+        self._prefilling = []
+        self._chunks = []
+        self._run = 0
+        self._began_at = now
+        self._turn_at = self.next_at = INFINITE
+        return [self._end(number)]
+
     def _steps_until_adapter(self, now: float, step_s: float) -> int:
         if not self._waiting or self._adapters is None:
             return sys.maxsize

@@ -77,7 +77,7 @@ class Link:
         if not self._moves:
             self._due_at = None
             return
-        left = min(move.end for move in self._moves) - self._meter
+        left = min([move.end for move in self._moves]) - self._meter
         due = now + max(left, 0.0) / self._rate
         if due != self._due_at:
             self._due_at = due
@@ -87,6 +87,9 @@ class Link:
         if now != self._due_at:  # planned before another move began or ended
             return
         self._due_at = None
+        if len(self._moves) == 1:
+            self._moves.pop().done(now)
+            return
         self._advance(now)
         nearest = min(move.end for move in self._moves)
         self._meter = max(self._meter, nearest)

@@ -169,8 +169,7 @@ class Simulation:
         self._handle(event)
 
     def _carry_out(self, command: Command) -> None:
-        kind = type(command)
-        self.num_commands[kind] += 1
+        self.num_commands[type(command)] += 1
         if isinstance(command, Dispatch):
             job = self._jobs[command.request_id]
             if self._records is not None and job.index >= 0:

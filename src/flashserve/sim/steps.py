@@ -8,7 +8,6 @@ could join it.
 from __future__ import annotations
 
 import abc
-import collections
 import math
 from collections.abc import Callable
 
@@ -58,8 +57,8 @@ class AdapterSlots:
     def __init__(self, num_slots: int, load_s: float) -> None:
         self._num_slots = max(num_slots, 1)
         self._load_s = load_s
-        self._here: collections.OrderedDict[str, float] = collections.OrderedDict()
-        self._pins: collections.Counter[str] = collections.Counter()
+        self._here: dict[str, float] = {}
+        self._pins: dict[str, int] = {}
         self.num_loads = 0
         self.num_hits = 0
 
@@ -68,7 +67,7 @@ class AdapterSlots:
         if (ready_at := self._here.get(adapter)) is not None:
             return ready_at
         if len(self._here) >= self._num_slots:
-            victim = next((one for one in self._here if not self._pins[one]), None)
+            victim = next((one for one in self._here if one not in self._pins), None)
             if victim is None:
                 return INFINITE
             del self._here[victim]
@@ -82,8 +81,8 @@ class AdapterSlots:
             return False
         if self.want(adapter, now) > now:
             return False
-        self._here.move_to_end(adapter)
-        self._pins[adapter] += 1
+        self._here[adapter] = self._here.pop(adapter)
+        self._pins[adapter] = self._pins.get(adapter, 0) + 1
         self.num_hits += 1
         return True
 
@@ -165,7 +164,7 @@ class SteppedEngine(abc.ABC):
         if now < self.next_at:
             return []
         if self._turn_at < INFINITE:
-            self.catch_up(now)
+            return self._end_both_runs(now)
         return self._end_run(now)
 
     def catch_up(self, now: float) -> None:
@@ -184,6 +183,10 @@ class SteppedEngine(abc.ABC):
         self._run = 0
         self._begin(now)
         return finished
+
+    def _end_both_runs(self, now: float) -> list[Job]:
+        self.catch_up(now)
+        return self._end_run(now)
 
     def _look_past(self) -> None:
         """Go without a call at the end of a run after which only the next one follows."""
