@@ -35,6 +35,9 @@ class ClosedEngine(SteppedEngine):
         self._decoding: list[tuple[int, int]] = []  # heap of (step after which it ends, number)
         self._chunks: list[tuple[list[int], int]] = []
         self._num_admitted = 0
+        self._prompt_ends_at = INFINITE
+        self._num_alone = 0
+        """Steps of the request that is alone, where `_look_past` saw its end."""
         self._kv_tokens = 0
         self._prefixes: collections.OrderedDict[tuple[str, int], int] = collections.OrderedDict()
         self._prefix_tokens = 0
@@ -79,28 +82,34 @@ class ClosedEngine(SteppedEngine):
             return min(ahead, self._steps_until_adapter(now, step_s)), step_s
         return 0, 0.0
 
-    def _next_run_s(self) -> float:
-        """The decodes of a request that is alone, whose prompt ends with this step."""
+    def _look_past(self) -> None:
+        """While a request is alone, only its end is told: its chunks and decodes go in one."""
         if len(self._jobs) != 1 or len(self._chunks) != 1 or self._waiting:
-            return 0.0
+            return
         (left, number), taken = self._chunks[0]
         job = self._jobs[number]
-        num_steps = job.output_tokens - job.num_emitted - 1
-        if left > taken or num_steps <= 0:
-            return 0.0
+        num_decodes = job.output_tokens - job.num_emitted - 1
+        if num_decodes <= 0:
+            return
         num_adapters = self._adapters.num_pinned if self._adapters is not None else 0
-        return num_steps * self._seconds(0, 1, num_adapters)
+        at, num_chunks = self.next_at, 1
+        while left > taken:
+            left -= taken
+            taken = min(left, self._shape.max_tokens)
+            at += self._seconds(taken, 0, num_adapters)
+            num_chunks += 1
+        self._prompt_ends_at = at
+        self._num_alone = num_chunks + num_decodes
+        self._turn_at = self.next_at
+        self.next_at = at + num_decodes * self._seconds(0, 1, num_adapters)
 
-    def _end_both_runs(self, now: float) -> list[Job]:
-        """The same in one go: a request that came and went alone leaves nothing to plan."""
+    def _end_runs(self, now: float) -> list[Job]:
+        """In one go: a request that came and went alone leaves nothing to plan."""
         [(_, number)] = self._prefilling
         job = self._jobs[number]
         if not job.num_emitted:
-            job.first_token_at = self._turn_at
-            job.num_emitted = 1
-        else:
-            job.num_emitted += 1
-        self.num_steps += 1 + job.output_tokens - job.num_emitted
+            job.first_token_at = self._prompt_ends_at
+        self.num_steps += self._num_alone
         self._prefilling = []
         self._chunks = []
         self._run = 0

@@ -120,6 +120,9 @@ class BatchedEngine(SteppedEngine):
             return 1, step_s
         return self._num_decodes(segments), step_s
 
+    def _look_past(self) -> None:
+        """Every run is ended by itself: where the blocks lie is known only then."""
+
     def _num_decodes(self, segments: list[Segment]) -> int:
         """Equal steps from this one on: until the first sequence ends or something may change."""
         sequences = [segment.sequence for segment in segments]

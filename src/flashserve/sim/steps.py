@@ -164,18 +164,18 @@ class SteppedEngine(abc.ABC):
         if now < self.next_at:
             return []
         if self._turn_at < INFINITE:
-            return self._end_both_runs(now)
+            return self._end_runs(now)
         return self._end_run(now)
 
     def catch_up(self, now: float) -> None:
-        """Before anything changes: a run that has ended unnoticed is over, and one that has not
+        """Before anything changes: runs that have ended unnoticed are over, and the one under way
         is called for when it ends.
         """
-        turn_at, self._turn_at = self._turn_at, INFINITE
-        if turn_at < now:
+        while self._turn_at < now:
+            turn_at, self._turn_at = self._turn_at, INFINITE
             self._end_run(turn_at)
-        elif turn_at < INFINITE:
-            self.next_at = turn_at
+        if self._turn_at < INFINITE:
+            self.next_at, self._turn_at = self._turn_at, INFINITE
 
     def _end_run(self, now: float) -> list[Job]:
         finished = self._complete(self._run, now)
@@ -184,16 +184,16 @@ class SteppedEngine(abc.ABC):
         self._begin(now)
         return finished
 
-    def _end_both_runs(self, now: float) -> list[Job]:
+    @abc.abstractmethod
+    def _look_past(self) -> None:
+        """Go without a call at the end of runs after which only the next one follows: `_turn_at`
+        is then the end of the first of them, and `next_at` that of the last.
+        """
+
+    def _end_runs(self, now: float) -> list[Job]:
+        """All that `_look_past` saw."""
         self.catch_up(now)
         return self._end_run(now)
-
-    def _look_past(self) -> None:
-        """Go without a call at the end of a run after which only the next one follows."""
-        next_run_s = self._next_run_s()
-        if next_run_s:
-            self._turn_at = self.next_at
-            self.next_at += next_run_s
 
     @abc.abstractmethod
     def drop(self, now: float) -> None:
@@ -242,10 +242,6 @@ class SteppedEngine(abc.ABC):
     @abc.abstractmethod
     def _complete(self, num_steps: int, now: float) -> list[Job]:
         """The planned steps, or the first of them, are over."""
-
-    def _next_run_s(self) -> float:
-        """What the run after this one takes, where nobody joins or ends between them; else 0."""
-        return 0.0
 
     @abc.abstractmethod
     def _could_admit(self) -> bool:
