@@ -27,11 +27,11 @@ def arrive(state: State, event: RequestArrived, now: float) -> list[Command]:
         event.model_id,
         state.new_sequence(),
         deadline_s,
-        waiting_since=now,
-        tenant=event.tenant,
-        weight=state.weights.get(event.tenant, 1.0),
-        adapter=event.adapter,
-        prefix=event.prefix,
+        now,
+        event.tenant,
+        state.weights.get(event.tenant, 1.0),
+        event.adapter,
+        event.prefix,
     )
     if model is None or model.is_deleted:
         return [orders.reject(request, admission.refuse_unknown(event.model_id))]

@@ -177,7 +177,7 @@ def _stop_surplus(state: State, model: Model, now: float) -> list[Command]:
     """Stop idle replicas beyond the wanted number whose time is over, and watch the others."""
     if model.num_serving <= model.plan.replicas:
         return []
-    idle = [replica for replica in model.replicas.values() if replica.is_idle]
+    idle = [r for r in model.replicas.values() if not r.in_flight and r.status is READY]
     if len(idle) > 1:
         idle.sort(key=lambda replica: (replica.changed_at, replica.replica_id))
     commands: list[Command] = []

@@ -130,15 +130,17 @@ class ClosedEngine(SteppedEngine):
         """Takes the first who waits and has room; those whose adapters have none are passed over,
         as the batcher does it: for so many times, and only by ones whose adapters are there.
         """
+        max_sequences, kv_tokens = self._shape.max_sequences, self._shape.kv_tokens
         for place, job in enumerate(self._waiting):
-            if len(self._jobs) >= self._shape.max_sequences:
+            if len(self._jobs) >= max_sequences:
                 return None
-            if self._jobs and self._kv_tokens + _length(job) > self._shape.kv_tokens:
+            if self._jobs and self._kv_tokens + _length(job) > kv_tokens:
                 return None
             slots = self._adapters
             if not job.adapter or slots is None or slots.pin(job.adapter, now, may_load=not place):
-                for passed in itertools.islice(self._waiting, place):
-                    passed.num_passed_over += 1
+                if place:
+                    for passed in itertools.islice(self._waiting, place):
+                        passed.num_passed_over += 1
                 del self._waiting[place]
                 return job
             if job.num_passed_over >= PATIENCE:

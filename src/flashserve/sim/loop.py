@@ -75,7 +75,9 @@ class Simulation:
         self.controller = controller
         self.now = 0.0
         self.num_events = 0
-        self.num_commands: collections.Counter[type[Command]] = collections.Counter()
+        self.num_commands: collections.defaultdict[type[Command], int] = collections.defaultdict(
+            int
+        )
         self._nodes: dict[NodeId, ModelledNode] = {node.spec.node_id: node for node in nodes}
         self._observer = observer
         self._records = records

@@ -93,6 +93,13 @@ def test_after_new_requests_the_gaps_between_them_decide_until_the_next_forecast
     assert kept.review_at == 80.0  # the next one is due at 60 s, and 20 s late at the latest
     assert stopped.keep_idle_s == 0.0
     assert "a start costs as much as 60 s idle" in stopped.reason
+    without = msgspec.structs.replace(known, num_replicas=0, idle_since=None)
+    again = lonely.plan(without, now=32.0)
+    assert stopped.outlives_replicas
+    decided = ("replicas", "review_at", "rate_per_s", "heed_first", "heed_last")
+    assert [getattr(again, name) for name in decided] == [
+        getattr(stopped, name) for name in decided
+    ]
 
 
 def test_while_a_forecast_is_late_nobody_asks_again_before_it_is_trusted_no_more() -> None:

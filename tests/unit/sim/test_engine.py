@@ -99,6 +99,34 @@ def test_an_adapter_waits_while_another_is_in_use_and_no_room_is_left(kind: str)
     assert done["c"].first_token_at < done["a"].finished_at
 
 
+class EveryRun(ClosedEngine):
+    """Is called at the end of each run."""
+
+    def _look_past(self) -> None:
+        pass
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 2), st.integers(1, 200), st.integers(1, 40)), max_size=12),
+    st.none() | st.floats(0, 3),
+)
+def test_an_engine_that_is_called_less_for_who_is_alone_gives_exactly_the_same(
+    arrivals: list[tuple[float, int, int]], opens_at: float | None
+) -> None:
+    found = []
+    for kind in (ClosedEngine, EveryRun):
+        at = 0.0
+        jobs = []
+        for number, (gap_s, prompt, output) in enumerate(arrivals):
+            at += gap_s
+            jobs.append((at, job(str(number), prompt, output)))
+        made = kind(COSTS, SHAPE, is_open=opens_at is None)
+        done = serve(made, jobs, opens_at=opens_at)
+        times = {name: (one.first_token_at, one.finished_at) for name, one in done.items()}
+        found.append((times, [one.gated_s for _, one in jobs], made.num_steps))
+    assert found[0] == found[1]
+
+
 def test_a_replica_that_is_lost_leaves_what_was_emitted(kind: str) -> None:
     made, running = engine(kind), job("a", 10, 50)
     made.add(running, 0.0)
