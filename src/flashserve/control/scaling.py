@@ -91,7 +91,7 @@ def settle(state: State, now: float, *, before_starts: bool = False) -> list[Com
 def _review(state: State, model: Model, now: float) -> list[Command]:
     facts = _facts(state, model)
     plan = model.plan = trusted(state.policy.plan(facts, now), facts, now)
-    model.scale_out_at = _scale_out_at(facts)
+    model.scale_out_at = _scale_out_at(facts) if facts.num_replicas else math.inf
     commands: list[Command] = []
     if model.replicas:
         _keep_minimum(state, model)
@@ -155,10 +155,10 @@ def _load(model: Model) -> tuple[int, float | None]:
 
 
 def _scale_out_at(facts: Facts) -> float:
-    """With more requests than this, the policy is asked for another replica."""
+    """With more requests than this, the policy is asked for another replica beside those there."""
     scaling, num_replicas = facts.scaling, facts.num_replicas
     assert scaling.max_replicas is not None
-    if not 0 < num_replicas < scaling.max_replicas:
+    if num_replicas >= scaling.max_replicas:
         return math.inf
     return num_replicas * (scaling.target or facts.limit)
 

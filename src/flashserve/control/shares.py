@@ -112,12 +112,14 @@ class Shares:
             if len(self._tenants) == 2:
                 self._renew_turns()
                 self._renew_excesses()
+        elif not known.running and not known.waiting:
+            known.weight = request.weight
         return known
 
     def _note(self, tenant: _Tenant) -> None:
         """The tenant's numbers have changed."""
         if not tenant.waiting:
-            if not tenant.running:
+            if not tenant.running and len(self._tenants) > 1:  # the last one comes again
                 del self._tenants[tenant.name]
             return
         if len(self._tenants) == 1:
