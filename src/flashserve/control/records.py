@@ -1,6 +1,6 @@
 """The records that the controller keeps: requests, replicas, models and nodes.
 
-state.py holds them and keeps their indexes true; they are changed there alone.
+knowledge.py holds them; state.py changes them, alone, and keeps its indexes true.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+from typing import TypeVar
 
 import msgspec
 
@@ -44,6 +45,8 @@ STARTING, READY, DRAINING = Status.STARTING, Status.READY, Status.DRAINING
 
 
 _UNTOLD = Phases()
+_NUM_ADAPTERS = 64
+_NUM_PREFIXES = 512
 
 
 class Request(msgspec.Struct):
@@ -112,6 +115,23 @@ class Replica(msgspec.Struct):
     def is_spare(self) -> bool:
         """Idle, and may give way to another model."""
         return not self.in_flight and self.status is READY and not self.is_kept
+
+    def remember(self, request: Request) -> None:
+        """What it has computed with lately; its engine is taken to have it still."""
+        if request.adapter:
+            _use(self.adapters, request.adapter, _NUM_ADAPTERS)
+        if request.prefix is not None:
+            _use(self.prefixes, request.prefix, _NUM_PREFIXES)
+
+
+_Key = TypeVar("_Key", str, int)
+
+
+def _use(recent: dict[_Key, None], key: _Key, limit: int) -> None:
+    recent.pop(key, None)
+    recent[key] = None
+    if len(recent) > limit:
+        del recent[next(iter(recent))]
 
 
 @dataclasses.dataclass(slots=True)
