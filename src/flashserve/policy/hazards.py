@@ -44,6 +44,8 @@ class Hazards:
             self._is_sound = _is_sound(self.said)
             if self._is_sound:
                 self._by_lead = _hazards(self.said.p_arrival)
+                if self._by_lead[-1] >= _MAX_HAZARD:
+                    self._by_lead = _gone_on(self.leads_s, self._by_lead)
         return self._is_sound
 
     def chance(self, now: float, lead_s: float) -> float:
@@ -84,6 +86,16 @@ class Hazards:
         mean = at_lead(self.leads_s, self.said.mean, lead_s)
         upper = max(at_lead(self.leads_s, self.said.upper, lead_s), mean)
         return max(mean + score / _UPPER_SCORE * (upper - mean), 0.0)
+
+
+def _gone_on(leads_s: Sequence[float], by_lead: Sequence[float]) -> list[float]:
+    """What was certain says nothing of the time after it: the hazard goes on as until then."""
+    gone_on = [by_lead[0]]
+    for index in range(1, len(leads_s)):
+        same = gone_on[-1] * leads_s[index] / leads_s[index - 1]
+        said = by_lead[index]
+        gone_on.append(max(same, said) if said >= _MAX_HAZARD else said)
+    return gone_on
 
 
 def hazard(p: float) -> float:

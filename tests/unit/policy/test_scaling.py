@@ -174,6 +174,16 @@ def test_chances_are_read_between_the_leads_and_given_that_nothing_came_so_far()
     assert said.rate(0.0) == pytest.approx(-math.log(0.9) / 60)
 
 
+def test_what_was_certain_to_come_is_still_expected_when_it_is_late() -> None:
+    for chances in ((1.0,) * 6, (0.9, 1.0, 1.0, 1.0, 1.0, 1.0), (0.9, 0.99, *(1.0,) * 4)):
+        counts = (0.0,) * 6
+        said = Hazards(SeriesForecast(ModelId("m"), 0.0, LEADS, chances, counts, counts))
+        assert said.chance(0.0, 60.0) == pytest.approx(chances[0])
+        assert said.chance(60.5, 60.0) > 0.5
+        assert said.chance(300.0, 60.0) > 0.9
+        assert said.rate(60.5) > 0.0
+
+
 def test_bytes_are_ranked_by_what_comes_soon_and_by_the_rest_among_equals() -> None:
     def said(*chances: float) -> float:
         series = ModelId("m")
