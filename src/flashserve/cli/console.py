@@ -23,6 +23,7 @@ _REMINDER_S = 10.0
 _FOLDED_WIDTH = 16
 """A column of text that folds is hard to read with less."""
 _LOOK_S = 0.3
+_BEGINNING = 80
 
 
 def stdout_console() -> rich.console.Console:
@@ -265,6 +266,13 @@ def human_bytes(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.1f} TiB"
+
+
+def beginning(sentence: str) -> str:
+    """On a terminal, of a long sentence in a table: some four lines of a narrow column."""
+    if not sys.stdout.isatty():
+        return sentence
+    return textwrap.shorten(sentence, _BEGINNING, placeholder=" …")
 
 
 def human_age(seconds: float | None) -> str:

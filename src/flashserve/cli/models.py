@@ -25,7 +25,7 @@ _COLUMNS: dict[str, Callable[[Any], str]] = {
     "disk_bytes": console.human_bytes,
     "leases": str,
     "last_used_s": console.human_age,
-    "reason": str,
+    "reason": console.beginning,
 }
 """Of `ps`: what a model's object says, and how it is shown."""
 _WHERE = {"remote": "at its remote source", "dram": "in DRAM"}
@@ -126,7 +126,10 @@ def ps(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the deployed models, where their bytes are, and why."""
+    """List the deployed models, where their bytes are, and why.
+
+    A terminal gets the beginning of a long reason; `flashserve decisions NAME` has all of it.
+    """
     with connect(url) as client:
         if tiers:
             print_tiers(client.tiers(), as_json=as_json)

@@ -74,6 +74,17 @@ def test_a_table_on_a_terminal_folds_to_its_width(
     assert sum(line.count("because") for line in lines) == 30
 
 
+def test_a_terminal_gets_the_beginning_of_a_long_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "P(request in 61 s) 0.2: start 0.031 > idle 0.0007; " * 3
+    assert console.beginning(reason) == reason
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    short = console.beginning(reason)
+    assert len(short) <= 80
+    assert short.endswith(" …")
+    assert reason.startswith(short.removesuffix(" …"))
+    assert console.beginning("deployed") == "deployed"
+
+
 def test_sentences_end_their_lines_between_words_on_a_terminal_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
