@@ -24,8 +24,9 @@ and scarce.
 p99_ttft_vs_serverlessllm: of `scarce`, whose machine, models and load were fixed on the fit half,
 at equal cost. ServerlessLLM's is that of whichever of SCARCE_SERVERLESSLLM has the best p99,
 cheaper or dearer, among those that give up no larger share of the requests than ours; longer
-keep-alives hold workers that others wait for. Ours is the dearest of SCARCE_FACTORS (prices of
-waiting) that on the fit half costs no more than that, or 5 % more; the interval named
+keep-alives hold workers that others wait for. Ours is told that a worker costs as much as the least
+of SCARCE_WORKER_PRICES (factors) with which, on the fit half, it costs no more than that, or 5 %
+more, or the largest if there is none; costs are reckoned with the true price. The interval named
 cost_vs_serverlessllm says what it costs against it where it is reported. ttft_under_1s is that of
 the policy as configured. The rows have costs, shares given up, and shares whose start had to read
 from disk; the intervals have the ratio of node and cluster too, where all models are in DRAM.
@@ -81,7 +82,8 @@ KEEP_ALIVES = (1, 10, 30, 60, 120, 300, 600, 1800, 7200)
 SERVERLESSLLM = (1, 10)
 SCARCE_SERVERLESSLLM = (1, 3, 10)
 FACTORS = (0.3, 1.0, 3.0, 10.0, 30.0)
-SCARCE_FACTORS = (0.03, 0.05, 0.07, 0.1, 0.3, 1.0)
+SCARCE_WORKER_PRICES = (1.0, 3.0, 10.0, 30.0)
+"""Factors: the dearer a worker, the fewer idle; what DRAM is worth stays as it is."""
 OTHERS = ("histogram", "reactive", "oracle")
 OURS = "flashserve"
 FORECASTER = "auto"
@@ -122,13 +124,14 @@ class Compared:
         self.keep_alives = self._family("keep-alive-")
         self.serverless = self._family("serverlessllm-")
 
-    def of(self, policy: str, price: float = 1.0, ablation: str = "") -> Outcome:
-        return pooled(
-            [
-                self._ran[Task(self._case, seed, policy, price, ablation, self._on_fit)]
-                for seed in self._seeds
-            ]
-        )
+    def of(
+        self, policy: str, price: float = 1.0, ablation: str = "", worker_price: float = 1.0
+    ) -> Outcome:
+        tasks = [
+            Task(self._case, seed, policy, price, ablation, self._on_fit, worker_price)
+            for seed in self._seeds
+        ]
+        return pooled([self._ran[task] for task in tasks])
 
     def _family(self, prefix: str) -> list[Outcome]:
         names = {task.policy for task in self._ran if task.policy.startswith(prefix)}
@@ -210,18 +213,21 @@ def tasks_of_scarce(seeds: Sequence[int], *, on_fit: bool = False) -> list[Task]
     for seed in seeds:
         names = [f"serverlessllm-{s}s" for s in SCARCE_SERVERLESSLLM]
         found += [Task(SCARCE, seed, name, on_fit=on_fit) for name in names]
-        found += [Task(SCARCE, seed, OURS, factor, on_fit=on_fit) for factor in SCARCE_FACTORS]
+        found += [
+            Task(SCARCE, seed, OURS, on_fit=on_fit, worker_price=factor)
+            for factor in SCARCE_WORKER_PRICES
+        ]
         if not on_fit:
             found.append(Task(SCARCE, seed, OURS, 1.0, "forecast"))
     return found
 
 
-def factor_at_equal_cost(compared: Compared) -> float:
-    """The largest with which ours costs at most what ServerlessLLM's best p99 does, or 5 % more."""
-    found = {factor: compared.of(OURS, factor) for factor in SCARCE_FACTORS}
+def worker_price_at_equal_cost(compared: Compared) -> float:
+    """The least with which ours costs at most what ServerlessLLM's best p99 does, or 5 % more."""
+    found = {factor: compared.of(OURS, worker_price=factor) for factor in SCARCE_WORKER_PRICES}
     ones = np.ones(len(found[1.0].requests))
     affordable = [f for f in found if compared.cost_ratio(found[f], ones) <= _TOLERANCE]
-    return max(affordable, default=min(SCARCE_FACTORS))
+    return min(affordable, default=max(SCARCE_WORKER_PRICES))
 
 
 def tasks_of_busy(seeds: Sequence[int]) -> list[Task]:
@@ -269,14 +275,15 @@ def _rows(compared: Compared, case: Case, factor: float) -> Iterable[dict[str, A
         yield row(case.name, name, outcome, compared)
 
 
-def judge_scarce(compared: Compared, factor: float, resamples: int) -> Judged:
+def judge_scarce(compared: Compared, worker_price: float, resamples: int) -> Judged:
     """Only against ServerlessLLM: what is read from disk is what differs here."""
-    ours, configured = compared.of(OURS, factor), compared.of(OURS)
+    ours, configured = compared.of(OURS, worker_price=worker_price), compared.of(OURS)
     num = len(ours.requests)
     shown = {
         f"serverlessllm-{s}s": compared.of(f"serverlessllm-{s}s") for s in SCARCE_SERVERLESSLLM
     }
-    shown |= {f"flashserve (x{each:g})": compared.of(OURS, each) for each in SCARCE_FACTORS}
+    for factor in SCARCE_WORKER_PRICES:
+        shown[f"flashserve (worker x{factor:g})"] = compared.of(OURS, worker_price=factor)
     shown["flashserve without forecast"] = compared.of(OURS, 1.0, "forecast")
     rows = [row(SCARCE.name, name, outcome, None) for name, outcome in shown.items()]
     return Judged(
@@ -363,7 +370,7 @@ def main() -> None:
     on_fit += tasks_of_scarce((0,), on_fit=True)
     ran = run_all(sources, on_fit, args.processes)
     factors = {case: chosen_factor(Compared(ran, case, (0,), on_fit=True)) for case in cases}
-    scarce_factor = factor_at_equal_cost(Compared(ran, SCARCE, (0,), on_fit=True))
+    worker_price = worker_price_at_equal_cost(Compared(ran, SCARCE, (0,), on_fit=True))
     tasks = [t for case in cases for t in tasks_of(case, seeds[case.name], factors[case])]
     tasks += tasks_of_scarce(seeds["scarce"]) + tasks_of_busy(seeds["busy"])
     ran = run_all(sources, tasks, args.processes)
@@ -372,9 +379,7 @@ def main() -> None:
         case.name: judge(Compared(ran, case, seeds[case.name]), case, factors[case], resamples)
         for case in cases
     }
-    judged["scarce"] = judge_scarce(
-        Compared(ran, SCARCE, seeds["scarce"]), scarce_factor, resamples
-    )
+    judged["scarce"] = judge_scarce(Compared(ran, SCARCE, seeds["scarce"]), worker_price, resamples)
     rows = [each for case in judged.values() for each in case.rows]
     rows += rows_of_busy(Compared(ran, BUSY, seeds["busy"]))
     rows += rows_of_adapters(sources)
@@ -398,7 +403,7 @@ def main() -> None:
         values=values_of(judged),
         aims={"p99_ttft_vs_serverlessllm": 3.3},
         notes=(__doc__ or "")
-        + f"\nOf equal cost in scarce, by the fit half: x{scarce_factor:g}.\n"
+        + f"\nOf equal cost in scarce, by the fit half: worker x{worker_price:g}.\n"
         + ("\nNO TRACES WERE GIVEN: synthetic series.\n" if stands_in else ""),
         json_file=args.json,
     )

@@ -73,7 +73,8 @@ class Sources:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Task:
-    """One run. price: factor on the price of waiting that the policy is told.
+    """One run. price, worker_price: factors on the prices of waiting and of a worker that the
+    policy is told.
 
     ablation: what the run goes without: forecast, tiers, grouping or affinity. on_fit: replays the
     fit half.
@@ -85,6 +86,7 @@ class Task:
     price: float = 1.0
     ablation: str = ""
     on_fit: bool = False
+    worker_price: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -181,6 +183,7 @@ def run(sources: Sources, task: Task, make_engine: EngineMaker = ClosedEngine) -
         PRICES,
         wait_per_s=PRICES.wait_per_s * task.price,
         slo_miss=PRICES.slo_miss * task.price,
+        gpu_per_s=PRICES.gpu_per_s * task.worker_price,
     )
     results = tried.run(
         task.policy,
