@@ -136,23 +136,6 @@ class Estimates:
             seconds += size_bytes / averages[below].get(node_id, default[below])
         return seconds
 
-    def of_model(
-        self, node_id: NodeId, model_id: ModelId, size_bytes: int, tier: Tier
-    ) -> tuple[float, float, float]:
-        """`startup_s` on a spare worker, `prefill_s` and `run_s`: what every plan rests on."""
-        averages, default = self._averages, self._default
-        seconds = averages[_SPARE].get(node_id, default[_SPARE])
-        seconds += averages[_INIT].get(model_id, default[_INIT])
-        seconds += size_bytes / averages[_DRAM].get(node_id, default[_DRAM])
-        if tier < _DRAM_TIER:
-            below = _DISK if tier else _REMOTE
-            seconds += size_bytes / averages[below].get(node_id, default[below])
-        return (
-            seconds,
-            averages[_PREFILL].get(model_id, default[_PREFILL]),
-            averages[_RUN].get(model_id, default[_RUN]),
-        )
-
     def prefill_s(self, model_id: ModelId) -> float:
         """From a request's dispatch to its first token."""
         return self._averages[_PREFILL].get(model_id, self._default[_PREFILL])

@@ -20,7 +20,7 @@ def arrive(state: State, event: RequestArrived, now: float) -> list[Command]:
     """Dispatch at once to a ready replica, let it wait, or refuse it. A known id is ignored."""
     if event.request_id in state.requests:
         return []
-    model = state.models.get(event.model_id)
+    model = state.find(event.model_id)
     deadline_s = state.settings.deadline_s if event.deadline_s is None else event.deadline_s
     request = Request(
         event.request_id,
@@ -33,14 +33,13 @@ def arrive(state: State, event: RequestArrived, now: float) -> list[Command]:
         event.adapter,
         event.prefix,
     )
-    if model is None or model.is_deleted:
+    if model is None:
         return [orders.reject(request, admission.refuse_unknown(event.model_id))]
     model.last_used_at = now
     model.request_came(now)
     model.is_dismissed = False
     state.policy.arrived(model.model_id, now)
-    is_refused = state.is_draining or model.failure or model.spec.size_bytes > state.largest_bytes
-    if is_refused and (refusal := _refusal(state, model, now)):
+    if refusal := _refusal(state, model, now):
         return [orders.reject(request, refusal)]
     if not model.waiting and (route := _route(state, model, request)):
         request.tier = _DEVICE

@@ -115,17 +115,13 @@ def _facts(state: State, model: Model) -> Facts:
     spec, model_id, estimates = model.spec, model.model_id, state.estimates
     node_id, tier = state.nearest(model)
     in_flight, idle_since = _load(model) if model.replicas else (0, None)
-    restart_s, prefill_s, run_s = estimates.of_model(node_id, model_id, spec.size_bytes, tier)
-    own_keep_alive_s, bounds = spec.keep_alive_s, model.bounds
-    if bounds is None or model.bounds_of is not spec.scaling:
-        bounds = state.bounds(model)
     return Facts(
         model_id,
         spec.size_bytes,
         tier,
-        restart_s,
-        prefill_s,
-        run_s,
+        estimates.startup_s(node_id, model_id, spec.size_bytes, tier),
+        estimates.prefill_s(model_id),
+        estimates.run_s(model_id),
         state.max_sequences,
         model.num_serving,
         in_flight,
@@ -133,9 +129,9 @@ def _facts(state: State, model: Model) -> Facts:
         idle_since,
         model.last_arrival_at,
         model.unseen_since,
-        state.settings.keep_alive_s if own_keep_alive_s is None else own_keep_alive_s,
-        own_keep_alive_s is not None,
-        bounds,
+        keepalive.keep_alive_s(spec, state.settings.keep_alive_s),
+        spec.keep_alive_s is not None,
+        state.bounds(model),
         model.forecast,
     )
 

@@ -112,15 +112,11 @@ def _likely(state: State, model: Model) -> Iterator[Node]:
 
 def views(state: State, nodes: Iterable[Node], model: Model) -> list[NodeView]:
     model_id, size_bytes = model.model_id, model.spec.size_bytes
-    startup_s, tier_on = state.estimates.startup_s, state.tier_on
     seen: list[NodeView] = []
     for node in nodes:
-        node_id, tier = node.node_id, tier_on(model, node)
-        num_free = node.num_workers - len(node.replicas)
-        predicted_s = startup_s(node_id, model_id, size_bytes, tier, worker_state(node))
-        seen.append(
-            NodeView(node_id, tier, predicted_s, num_free, node.capacity_bytes - node.used_bytes)
-        )
+        tier, worker = state.tier_on(model, node), worker_state(node)
+        predicted_s = state.estimates.startup_s(node.node_id, model_id, size_bytes, tier, worker)
+        seen.append(NodeView(node.node_id, tier, predicted_s, node.free_slots, node.free_bytes))
     return seen
 
 
