@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
-from flashserve.policy.cost import UNMEASURED, Costs, Rates, WorkerState, blended
+from flashserve.policy.cost import UNMEASURED, Costs, Rates, WorkerState, average
 from flashserve.types import ModelId, NodeId, Phases, Tier
 
 
@@ -89,11 +89,12 @@ class Estimates:
     def observe(self, what: int, scope: str, sample: float) -> None:
         """what: a Quantity."""
         _, low, high = _BOUNDS[what]
-        if not low <= sample <= high:  # False for NaN
-            return
         averages = self._averages[what]
-        averages[scope] = blended(averages.get(scope), sample)
-        self._default[what] = averages[_EVERYWHERE] = blended(averages.get(_EVERYWHERE), sample)
+        for key in (scope, _EVERYWHERE):
+            learnt = average(averages.get(key), sample, low, high)
+            if learnt is not None:
+                averages[key] = learnt
+        self._default[what] = averages.get(_EVERYWHERE, self._default[what])
 
     def observe_run(self, model_id: ModelId, prefill_s: float, run_s: float) -> None:
         """A request has ended: seconds from its dispatch to its first token, and to its last."""

@@ -166,11 +166,6 @@ def average(old: float | None, sample: float, low: float, high: float) -> float 
     """
     if not low <= sample <= high:  # False for NaN
         return old
-    return blended(old, sample)
-
-
-def blended(old: float | None, sample: float) -> float:
-    """`average` after a sample that is within its bounds."""
     if old is None:
         return sample
     if sample < old / _MAX_STEP:
